@@ -1,0 +1,273 @@
+"""Every setting, once. Two levels deep: a section, then a key; the docstring under a key is its help text.
+
+Keys marked `free` may change between two starts in one run directory: they decide how the work is done,
+never what its result is.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = [
+    "DumpConfig",
+    "EvaluateConfig",
+    "ExportConfig",
+    "PromptsConfig",
+    "OWNED",
+    "RunConfig",
+    "RunSection",
+    "Section",
+    "TargetConfig",
+    "TinyConfig",
+    "TrainConfig",
+    "VerifyConfig",
+]
+
+FREE = {"free": True}
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, unknown keys refused, field docstrings kept as help."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class RunSection(Section):
+    dir: Path = Path("runs/run")
+    """Directory of this run: store, checkpoints, export and metrics lie below it."""
+    seed: int = Field(0, ge=0)
+    """Seed of document order, held-out choice and initialisation."""
+
+
+class TargetConfig(Section):
+    path: Path | None = None
+    """Directory of the target checkpoint (config.json, safetensors files, tokenizer)."""
+
+
+class TinyConfig(Section):
+    """The tiny V3.2-shaped target that `layer61 target` builds; sizes use config.json spellings."""
+
+    conversations: Path = Path("data/conversations.jsonl")
+    """JSONL file that trains the tokenizer and the target."""
+    hidden_size: int = Field(256, ge=64, multiple_of=32)
+    """Width of the hidden state."""
+    num_hidden_layers: int = Field(4, ge=2)
+    """Backbone layers; the MTP layer comes after them."""
+    num_attention_heads: int = Field(4, ge=1)
+    """Attention heads."""
+    intermediate_size: int = Field(768, ge=32)
+    """Width of the dense feed-forward layers."""
+    moe_intermediate_size: int = Field(128, ge=16)
+    """Width of one expert."""
+    n_routed_experts: int = Field(16, ge=4)
+    """Routed experts of each mixture layer."""
+    num_experts_per_tok: int = Field(4, ge=1)
+    """Experts a token is sent to."""
+    vocab_size: int = Field(4096, ge=512)
+    """Size of the byte-pair vocabulary trained on the conversations."""
+    train_tokens: int = Field(1_300_000, ge=1)
+    """Tokens of training; fixed so that two builds give the same target."""
+    sequence_length: int = Field(512, ge=32)
+    """Tokens of one training row."""
+    learning_rate: float = Field(2e-3, gt=0)
+    """Peak AdamW learning rate."""
+
+
+class PromptsConfig(Section):
+    path: Path | None = None
+    """JSONL file of conversations: one {"messages": [{"role", "content"}, ...]} a line."""
+    answers: Literal["target", "given"] = "target"
+    """`target`: the target writes the last answer of each conversation; `given`: the file's own is kept."""
+    max_length: int = Field(2048, ge=8)
+    """Longest document in tokens, answer included; longer conversations are rejected."""
+    max_answer_tokens: int = Field(1024, ge=1)
+    """Most tokens the target may write for one answer."""
+    held_out: float = Field(0.05, ge=0, lt=1)
+    """Share of the conversations kept from training, chosen by a hash of their content."""
+    limit: int | None = Field(None, ge=1)
+    """Use only the first so many conversations of the file."""
+
+
+class DumpConfig(Section):
+    store: str | None = None
+    """Path or s3:// URL of the feature store; by default `store` in the run directory."""
+    view: Literal["auto", "native", "v3"] = "auto"
+    """How the engine sees a V3.2 checkpoint: natively, or through a V3 view without sparse attention."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """GPUs of one engine."""
+    block_documents: int = Field(64, ge=1)
+    """Documents in a block, the unit of work, retry and commit; each block is one part of the store."""
+    worker: Annotated[str, Field(pattern=r"^[1-9]\d*/[1-9]\d*$")] = Field("1/1", json_schema_extra=FREE)
+    """`k/n`: do the k-th of n fixed slices of the blocks, one machine each."""
+    ray: bool = Field(False, json_schema_extra=FREE)
+    """Spread the blocks over a Ray cluster, one engine an actor."""
+    writer_threads: int = Field(2, ge=1, json_schema_extra=FREE)
+    """Threads that write finished documents."""
+    queue_bytes: int = Field(1 << 30, ge=1, json_schema_extra=FREE)
+    """Bytes of finished states that may wait for the writers before the engine is held back."""
+    compression: Literal["none", "zstd"] = "none"
+    """Codec of the stored states; lossless bf16 saves at most a third."""
+    probe: bool = True
+    """Recompute one document at each start and compare it with the first run's states."""
+    vllm: dict[str, Any] = Field(default_factory=dict)
+    """Passed to vLLM's engine untouched."""
+
+
+class TrainConfig(Section):
+    store: str | None = None
+    """Path or URL of the feature store; by default the one of `[dump]`."""
+    ranks: int = Field(1, ge=1, json_schema_extra=FREE)
+    """Processes started on this machine; ignored under torchrun or the deepspeed launcher."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype of parameters and matrix products; master weights and moments are float32 in both cases."""
+    num_steps: int = Field(3, ge=1, le=16)
+    """Draft steps of the unroll."""
+    step_decay: float = Field(0.8, gt=0, le=1)
+    """Weight of step s is `step_decay ** s`, normalised to sum 1."""
+    loss: Literal["kl", "ce", "lk_alpha", "lk_lambda", "tv"] = "kl"
+    """Loss of one predicted token against the target's distribution (ce: against the token itself)."""
+    temperature: float = Field(1.0, gt=0)
+    """Temperature of both distributions in the loss."""
+    mask_position_0: bool = True
+    """Zero the embedding at position 0, as vLLM does."""
+    tokens_per_rank: int = Field(4096, ge=16)
+    """Token budget of one packed micro-batch on one rank."""
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    """Micro-batches of one optimizer step."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps; by default `epochs` passes over the store."""
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the training documents, when `max_steps` is not set."""
+    learning_rate: float = Field(3e-5, gt=0)
+    """Peak learning rate."""
+    warmup_steps: int = Field(20, ge=0)
+    """Steps of linear warm-up; cosine decay to `min_learning_rate_ratio` follows."""
+    min_learning_rate_ratio: float = Field(0.1, ge=0, le=1)
+    """Last learning rate as a share of the peak."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW weight decay."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW first-moment decay."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """AdamW second-moment decay."""
+    gradient_clipping: float = Field(1.0, gt=0)
+    """Largest global gradient norm."""
+    freeze: tuple[str, ...] = ("self_attn.indexer.", "mlp.gate.weight")
+    """Name prefixes of layer parameters that stay as released; embedding, head and router bias always do."""
+    expert_parallel_size: int = Field(1, ge=1)
+    """Ranks the experts are divided over; inside such a group tokens travel to their experts."""
+    moe_backend: Literal["auto", "torch", "grouped_mm", "triton"] = "auto"
+    """Expert kernels; `auto` takes Triton on CUDA and the fastest torch form elsewhere."""
+    checkpoint_every: int = Field(200, ge=1, json_schema_extra=FREE)
+    """Steps between checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1, json_schema_extra=FREE)
+    """Newest checkpoints kept; the best by offline acceptance is kept as well."""
+    evaluate_every: int = Field(200, ge=1, json_schema_extra=FREE)
+    """Steps between evaluations on the held-out documents."""
+    evaluate_documents: int = Field(64, ge=1, json_schema_extra=FREE)
+    """Held-out documents of one evaluation during training."""
+    loader_threads: int = Field(2, ge=1, json_schema_extra=FREE)
+    """Threads that read documents ahead."""
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Merged into the DeepSpeed configuration untouched."""
+
+
+class EvaluateConfig(Section):
+    checkpoint: str = "last"
+    """`last`, `best`, `released` (the target's own layer), or the path of a checkpoint or export."""
+    num_speculative_tokens: int = Field(3, ge=1, le=16)
+    """Draft tokens a step."""
+    max_documents: int | None = Field(None, ge=1)
+    """Held-out documents to use; all by default."""
+
+
+class ExportConfig(Section):
+    dir: Path | None = None
+    """Directory to write; by default `nextn` in the run directory."""
+    checkpoint: str = "best"
+    """`best`, `last`, or the path of a checkpoint."""
+    layout: Literal["nextn", "sglang-legacy", "stitched"] = "nextn"
+    """`nextn`: layer-61 names for vLLM and sglang; `sglang-legacy`: layers.0; `stitched`: target plus draft."""
+    quantization: Literal["auto", "none", "fp8"] = "auto"
+    """`auto` takes the target's own quantisation, which vLLM requires of a draft."""
+
+
+class VerifyConfig(Section):
+    num_speculative_tokens: int = Field(3, ge=1, le=16)
+    """Draft tokens a step."""
+    max_conversations: int | None = Field(None, ge=1)
+    """Held-out conversations to serve; all by default."""
+    max_tokens: int = Field(256, ge=2)
+    """Most tokens of one answer."""
+    compare_released: bool = True
+    """Also serve the target's own MTP layer and plain greedy decoding."""
+    vllm: dict[str, Any] = Field(default_factory=dict)
+    """Passed to vLLM's engine untouched."""
+
+
+# keys of the pass-through tables that another setting decides
+OWNED: dict[str, frozenset[str]] = {
+    "dump.vllm": frozenset(
+        {"model", "tokenizer", "tensor_parallel_size", "max_model_len", "seed", "speculative_config"}
+        | {"kv_transfer_config", "skip_tokenizer_init", "hf_overrides", "hf_config_path"}
+    ),
+    "verify.vllm": frozenset({"model", "tokenizer", "tensor_parallel_size", "seed", "speculative_config"}),
+    "train.deepspeed": frozenset(
+        {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
+        | {"gradient_clipping", "bf16", "fp16", "optimizer", "scheduler", "zero_optimization.stage"}
+    ),
+}
+
+
+class RunConfig(Section):
+    """The whole configuration of a run."""
+
+    run: RunSection = RunSection()
+    target: TargetConfig = TargetConfig()
+    tiny: TinyConfig = TinyConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    dump: DumpConfig = DumpConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    export: ExportConfig = ExportConfig()
+    verify: VerifyConfig = VerifyConfig()
+
+    @model_validator(mode="after")
+    def check(self) -> "RunConfig":
+        """Refuse settings that contradict one another. Raises ValueError naming both."""
+        k, n = map(int, self.dump.worker.split("/"))
+        if k > n:
+            raise ValueError(f"dump.worker = {self.dump.worker!r}: the slice is beyond the number of slices")
+        if self.prompts.max_answer_tokens >= self.prompts.max_length:
+            raise ValueError(
+                f"prompts.max_answer_tokens = {self.prompts.max_answer_tokens} leaves no room for a prompt in"
+                f" prompts.max_length = {self.prompts.max_length}"
+            )
+        for table, owned in OWNED.items():
+            section, key = table.split(".")
+            value = getattr(getattr(self, section), key)
+            for name in sorted(owned):
+                found: Any = value
+                for part in name.split("."):
+                    found = found.get(part) if isinstance(found, dict) else None
+                if found is not None:
+                    raise ValueError(
+                        f"{table}.{name} is decided by another setting and cannot be passed through"
+                    )
+        return self
+
+    @property
+    def store_path(self) -> str:
+        """Where `dump` writes: `dump.store`, or `store` in the run directory."""
+        return self.dump.store or str(self.run.dir / "store")
+
+    @property
+    def train_store_path(self) -> str:
+        """Where `train` and `evaluate` read: `train.store`, or the store of `dump`."""
+        return self.train.store or self.store_path
+
+    @property
+    def export_dir(self) -> Path:
+        """Where `export` writes: `export.dir`, or `nextn` in the run directory."""
+        return self.export.dir or self.run.dir / "nextn"

@@ -1,0 +1,1 @@
+"""Stage one (conversations to stored hidden states), verification by serving, and the command line."""
