@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
+    "OWNED",
     "DumpConfig",
     "EvaluateConfig",
     "ExportConfig",
     "PromptsConfig",
-    "OWNED",
     "RunConfig",
     "RunSection",
     "Section",
@@ -188,7 +188,7 @@ class ExportConfig(Section):
     checkpoint: str = "best"
     """`best`, `last`, or the path of a checkpoint."""
     layout: Literal["nextn", "sglang-legacy", "stitched"] = "nextn"
-    """`nextn`: layer-61 names for vLLM and sglang; `sglang-legacy`: layers.0; `stitched`: target plus draft."""
+    """`nextn`: layer-61 names, both servers; `sglang-legacy`: layers.0; `stitched`: target plus draft."""
     quantization: Literal["auto", "none", "fp8"] = "auto"
     """`auto` takes the target's own quantisation, which vLLM requires of a draft."""
 
