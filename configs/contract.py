@@ -4,12 +4,32 @@ Written by the dump; carried by every part, manifest, checkpoint and export; com
 two of them meet.
 """
 
+import hashlib
+import json
+import struct
+from pathlib import Path
 from typing import Any, Literal
 
-from configs.errors import ContractError
+from configs.errors import ContractError, InputError
+from configs.files import read_json, sha256_file, sha256_json
 from configs.schema import Section
 
-__all__ = ["Contract", "State", "require_same"]
+__all__ = [
+    "NORM_AND_HEAD",
+    "Contract",
+    "Engine",
+    "State",
+    "Target",
+    "Template",
+    "norm_and_head_sha256",
+    "read_target_config",
+    "require_same",
+    "target_contract",
+]
+
+# the two tensors that turn a layer's output into a distribution
+NORM_AND_HEAD = ("model.norm.weight", "lm_head.weight")
+INDEX = "model.safetensors.index.json"
 
 # where a checkpoint lies says nothing about what it is
 NOT_COMPARED = frozenset({"target.path"})
@@ -60,6 +80,121 @@ class Contract(Section):
     carry: Literal["post_norm"] = "post_norm"
     mask_position_0: bool = True
     concat: Literal["embed,hidden"] = "embed,hidden"
+
+
+def read_target_config(directory: Path | str) -> dict[str, Any]:
+    """Parse `config.json` of a checkpoint directory.
+
+    Raises:
+        InputError: the directory or the file is missing, or the file is not a JSON object.
+    """
+    path = Path(directory) / "config.json"
+    hint = "set target.path to a checkpoint directory with config.json and safetensors files"
+    try:
+        config = read_json(path)
+    except FileNotFoundError:
+        raise InputError(f"there is no checkpoint at {directory}: {path} is missing", hint) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}", hint) from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path} holds a JSON {type(config).__name__}, not an object", hint)
+    return config
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The JSON header of a safetensors file and where its data starts (huggingface.co/docs/safetensors)."""
+    try:
+        with open(path, "rb") as f:
+            (length,) = struct.unpack("<Q", f.read(8))
+            if length > 100_000_000:  # the format's own limit
+                raise ValueError("the header length is out of range")
+            return json.loads(f.read(length)), 8 + length
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing", "the checkpoint is incomplete: fetch it again") from None
+    except (OSError, ValueError, struct.error) as error:
+        raise InputError(f"{path} is not a safetensors file: {error}", "fetch the checkpoint again") from None
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    """Tensor name to file name, from the index, or from the one file of a checkpoint without an index."""
+    index = directory / INDEX
+    if not index.exists():
+        return dict.fromkeys(
+            _header(directory / "model.safetensors")[0].keys() - {"__metadata__"}, "model.safetensors"
+        )
+    try:
+        return dict(read_json(index)["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{index} is not an index of safetensors files: {error!r}") from None
+
+
+def target_contract(directory: Path | str) -> Target:
+    """Identify a target checkpoint by its configuration and its list of tensors; reads no weights.
+
+    `config_sha256` is taken over the parsed config.json, so that white space does not count; `index_sha256`
+    over the bytes of the index, or over the header of `model.safetensors` where there is no index.
+
+    Raises:
+        InputError: a file is missing or malformed, or config.json lacks a size.
+    """
+    directory = Path(directory)
+    config = read_target_config(directory)
+    missing = [
+        k for k in ("hidden_size", "num_hidden_layers", "vocab_size") if not isinstance(config.get(k), int)
+    ]
+    if missing:
+        raise InputError(
+            f"{directory / 'config.json'} lacks {', '.join(missing)}",
+            "set target.path to a DeepSeek-V3.2 checkpoint",
+        )
+    index = directory / INDEX
+    return Target(
+        path=str(directory),
+        config_sha256=sha256_json(config),
+        index_sha256=(
+            sha256_file(index) if index.exists() else sha256_json(_header(directory / "model.safetensors")[0])
+        ),
+        hidden_size=config["hidden_size"],
+        num_hidden_layers=config["num_hidden_layers"],
+        vocab_size=config["vocab_size"],
+        quantization=(config.get("quantization_config") or {}).get("quant_method"),
+    )
+
+
+def norm_and_head_sha256(directory: Path | str) -> str:
+    """Hash name, dtype, shape and bytes of the final norm and the head: what a stored state means.
+
+    Reads about 1.9 GB of the released V3.2 checkpoint, in pieces of 16 MiB.
+
+    Raises:
+        InputError: one of the two tensors, or the file that should hold it, is missing.
+    """
+    directory = Path(directory)
+    files = _weight_map(directory)
+    digest = hashlib.sha256()
+    for name in NORM_AND_HEAD:
+        if name not in files:
+            raise InputError(
+                f"the checkpoint {directory} has no tensor {name}", "set target.path to the full target"
+            )
+        path = directory / files[name]
+        header, start = _header(path)
+        if name not in header:
+            raise InputError(
+                f"{path} has no tensor {name}, which the index places there", "fetch the checkpoint again"
+            )
+        begin, end = header[name]["data_offsets"]
+        digest.update(json.dumps([name, header[name]["dtype"], header[name]["shape"]]).encode())
+        with open(path, "rb") as f:
+            f.seek(start + begin)
+            left = end - begin
+            while left:
+                piece = f.read(min(left, 16 << 20))
+                if not piece:
+                    raise InputError(f"{path} ends before {name} does", "fetch the checkpoint again")
+                digest.update(piece)
+                left -= len(piece)
+    return digest.hexdigest()
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
