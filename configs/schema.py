@@ -24,7 +24,7 @@ __all__ = [
     "VerifyConfig",
 ]
 
-FREE = {"free": True}
+FREE: dict[str, Any] = {"free": True}
 
 
 class Section(BaseModel):

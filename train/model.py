@@ -29,7 +29,9 @@ R rope, Q = P + R, C value width of a head, L kv_lora_rank.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,10 +39,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.errors import InputError
+from export.checkpoint import Checkpoint
+from export.keymap import keymap, to_training
 from train.attention import packed_causal_attention
 from train.kernels.moe import moe
 
-__all__ = ["MLP", "Attention", "DecoderLayer", "Dims", "Indexer", "MTPLayer", "MoE", "rotary"]
+__all__ = [
+    "MLP",
+    "Attention",
+    "DecoderLayer",
+    "Dims",
+    "Indexer",
+    "MTPLayer",
+    "MoE",
+    "layer_tensors",
+    "load_layer",
+    "load_tables",
+    "rotary",
+]
 
 
 @dataclass(frozen=True)
@@ -369,7 +385,7 @@ class MTPLayer(DecoderLayer):
         hidden_TD = hidden_TD.to(e_TD.dtype)
         return self.eh_proj(torch.cat((self.enorm(e_TD), self.hnorm(hidden_TD)), -1))
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids_T: Tensor,
         hidden_TD: Tensor,
@@ -377,6 +393,78 @@ class MTPLayer(DecoderLayer):
         cu_seqlens: Tensor,
         masked_T: Tensor | None = None,
     ) -> Tensor:
-        """The first draft step over packed documents, arguments as in `combine`; returns the carried [T, D]."""
+        """Draft step 0 over packed documents, arguments as in `combine`; returns the carried [T, D]."""
         x_TD = self.combine(input_ids_T, hidden_TD, masked_T)
         return self.shared_head.norm(super().forward(x_TD, positions_T, cu_seqlens))
+
+
+def layer_tensors(
+    target: Checkpoint, weights: Path | None = None, *, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the layer's tensors by training name, one at a time, dequantised.
+
+    Args:
+        target: the target checkpoint.
+        weights: directory of trained tensors with checkpoint names; by default the target's own layer.
+        dtype: dtype of every tensor but the router bias, which is float32.
+
+    Raises:
+        InputError: the layer is missing, incomplete, or of other sizes than config.json says.
+    """
+    source = Checkpoint(weights, config=target.config) if weights is not None else target
+    scales = {source.scale_name(name) for name in source.names}
+    names = [name for name in source.mtp_names() if name not in scales]
+
+    def read(name: str) -> Tensor:
+        return source.get(name, dtype=torch.float32 if name.endswith("e_score_correction_bias") else dtype)
+
+    return to_training(keymap(target.config), names, read)
+
+
+def load_tables(
+    layer: MTPLayer, target: Checkpoint, *, dtype: torch.dtype, device: torch.device | str
+) -> None:
+    """Give the layer the target's frozen embedding, head and final norm.
+
+    Raises:
+        InputError: the target lacks one of them, or it has another shape than config.json says.
+    """
+    V, D = layer.dims.vocab_size, layer.dims.hidden_size
+    tables = {
+        "embed_tokens": ("model.embed_tokens.weight", (V, D)),
+        "lm_head": ("lm_head.weight", (V, D)),
+        "norm_weight": ("model.norm.weight", (D,)),
+    }
+    for attribute, (name, shape) in tables.items():
+        tensor = target.get(name, dtype=dtype)
+        if tuple(tensor.shape) != shape:
+            raise InputError(f"{name} has shape {tuple(tensor.shape)}, config.json says {shape}")
+        setattr(layer, attribute, tensor.to(device))
+
+
+def load_layer(
+    checkpoint_dir: Path | str,
+    *,
+    weights: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> MTPLayer:
+    """Load the MTP layer of a target, with the frozen embedding, head and final norm it needs.
+
+    Args:
+        checkpoint_dir: the target: config.json and safetensors files, bf16 or block fp8.
+        weights: directory of trained tensors (a training checkpoint's `weights`, or an export);
+            by default the target's own layer.
+        dtype: dtype of parameters and tables; the router bias stays float32.
+        device: where they live.
+
+    Raises:
+        InputError: not a DeepSeek-V3 or V3.2 checkpoint, no MTP layer, missing or misshapen tensors.
+    """
+    target = Checkpoint(checkpoint_dir)
+    with torch.device("meta"):
+        layer = MTPLayer(Dims.from_config(target.config))
+    state = {name: x.to(device) for name, x in layer_tensors(target, weights, dtype=dtype)}
+    layer.load_state_dict(state, assign=True)
+    load_tables(layer, target, dtype=dtype, device=device)
+    return layer
