@@ -64,6 +64,24 @@ class TinyConfig(Section):
     """Routed experts of each mixture layer."""
     num_experts_per_tok: int = Field(4, ge=1)
     """Experts a token is sent to."""
+    n_group: int = Field(4, ge=1)
+    """Groups the routed experts are divided into."""
+    topk_group: int = Field(2, ge=1)
+    """Groups a token may be sent to."""
+    first_k_dense_replace: int = Field(1, ge=0)
+    """First backbone layers with a dense feed-forward instead of a mixture."""
+    q_lora_rank: int = Field(128, ge=16)
+    """Width of the compressed queries."""
+    qk_nope_head_dim: int = Field(64, ge=16)
+    """Width of the part of a head that is not rotated; the rotated part is 64, the compressed keys 512."""
+    v_head_dim: int = Field(64, ge=16)
+    """Width of the values of a head."""
+    index_n_heads: int = Field(4, ge=1)
+    """Heads of the indexer; its tensors are written and never trained."""
+    index_head_dim: int = Field(128, ge=64)
+    """Width of an indexer head, its 64 rotated dimensions included."""
+    index_topk: int = Field(2048, ge=1)
+    """Tokens up to which sparse attention equals dense attention."""
     vocab_size: int = Field(4096, ge=512)
     """Size of the byte-pair vocabulary trained on the conversations."""
     train_tokens: int = Field(1_300_000, ge=1)
@@ -72,6 +90,29 @@ class TinyConfig(Section):
     """Tokens of one training row."""
     learning_rate: float = Field(2e-3, gt=0)
     """Peak AdamW learning rate."""
+
+    @model_validator(mode="after")
+    def check(self) -> "TinyConfig":
+        """Refuse sizes that do not fit one another. Raises ValueError naming both."""
+        if self.n_routed_experts % self.n_group or self.n_routed_experts // self.n_group < 2:
+            raise ValueError(
+                f"n_routed_experts = {self.n_routed_experts} does not divide into n_group = {self.n_group}"
+                " groups of two or more"
+            )
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group = {self.topk_group} is more than n_group = {self.n_group}")
+        reachable = self.n_routed_experts // self.n_group * self.topk_group
+        if self.num_experts_per_tok > reachable:
+            raise ValueError(
+                f"num_experts_per_tok = {self.num_experts_per_tok} is more than the {reachable} experts of"
+                f" topk_group = {self.topk_group} groups"
+            )
+        if self.first_k_dense_replace >= self.num_hidden_layers:
+            raise ValueError(
+                f"first_k_dense_replace = {self.first_k_dense_replace} leaves no mixture layer among"
+                f" num_hidden_layers = {self.num_hidden_layers}"
+            )
+        return self
 
 
 class PromptsConfig(Section):
