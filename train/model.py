@@ -126,7 +126,7 @@ class Dims:
         if rope.get("mscale", 1.0) != rope.get("mscale_all_dim", 0.0):
             # their ratio scales cos and sin; it is 1 in every released checkpoint
             wrong.append("rope_scaling.mscale differs from rope_scaling.mscale_all_dim")
-        values = {f.name: flat.get(f.name) for f in fields(cls)}
+        values: dict[str, Any] = {f.name: flat.get(f.name) for f in fields(cls)}
         optional = {"index_n_heads", "index_head_dim", "index_topk"}
         wrong += [f"{k} is missing" for k, v in values.items() if v is None and k not in optional]
         if wrong:
@@ -134,7 +134,7 @@ class Dims:
                 "config.json does not describe a DeepSeek-V3.2 target: " + "; ".join(wrong),
                 "set target.path to a checkpoint of model_type deepseek_v32 or deepseek_v3",
             )
-        return cls(**{k: v or 0 for k, v in values.items()})
+        return cls(**{k: v for k, v in values.items() if v is not None})
 
     @property
     def softmax_scale(self) -> float:

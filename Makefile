@@ -1,0 +1,86 @@
+# layer61: every target works from a fresh clone; `make help` lists them.
+
+PYTHON ?= python3.11
+DEVICE ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+CONFIG ?= configs/tiny.toml
+RUN ?= runs/$(basename $(notdir $(CONFIG)))
+ARGS ?=
+
+BIN := .venv/bin
+LOCK := requirements/$(DEVICE).lock
+STAMP := .venv/.installed-$(DEVICE)
+LAYER61 := $(BIN)/layer61
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo target dump-hidden-states train export-nextn evaluate verify report test check \
+	bench-store bench-dump bench-moe bench-loss bench-train kernels-report clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  variables: CONFIG=$(CONFIG) RUN=$(RUN) ARGS='section.key=value ...' DEVICE=$(DEVICE)"
+
+setup: $(STAMP) ## install the locked environment into .venv (DEVICE=cpu or cuda)
+
+# torch comes with its own dependencies, held to the lock's versions: a CPU build where pip has one;
+# deepspeed's build needs it there, and everything after it is installed exactly as locked
+$(STAMP): $(LOCK) pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check -c $(LOCK) torch==2.13.0 setuptools wheel ninja py-cpuinfo
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -r $(LOCK)
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: setup ## the whole pipeline on a laptop: target, dump, train, export, verify
+	$(LAYER61) demo configs/tiny.toml run.dir=runs/demo $(ARGS)
+
+target: setup ## build the tiny V3.2-shaped target of CONFIG
+	$(LAYER61) target $(CONFIG) $(ARGS)
+
+dump-hidden-states: setup ## stage one: conversations to stored hidden states (CONFIG=, RUN=, ARGS=)
+	$(LAYER61) dump $(CONFIG) run.dir=$(RUN) $(ARGS)
+
+train: setup ## stage two: train layer 61 from the store
+	$(LAYER61) train $(CONFIG) run.dir=$(RUN) $(ARGS)
+
+export-nextn: setup ## write the NextN directory that vLLM and sglang load
+	$(LAYER61) export $(CONFIG) run.dir=$(RUN) $(ARGS)
+
+evaluate: setup ## offline acceptance of a checkpoint (ARGS=evaluate.checkpoint=released)
+	$(LAYER61) evaluate $(CONFIG) run.dir=$(RUN) $(ARGS)
+
+verify: setup ## serve target and draft in vLLM and measure acceptance
+	$(LAYER61) verify $(CONFIG) run.dir=$(RUN) $(ARGS)
+
+report: setup ## one self-contained HTML page about a run
+	$(LAYER61) report $(RUN)
+
+test: setup ## every test; no GPU needed
+	$(BIN)/python -m pytest -q $(ARGS)
+
+check: setup ## lint, types and tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy configs featurestore export pipeline train
+	$(BIN)/python -m pytest -q $(ARGS)
+
+bench-store: setup ## store read, write and loader speed (ARGS=--quick)
+	$(BIN)/python -m benchmarks.store $(ARGS)
+
+bench-dump: setup ## tokens and bytes a second of stage one
+	$(BIN)/python -m benchmarks.dump $(ARGS)
+
+bench-moe: setup ## expert kernels beside every peer that is installed
+	$(BIN)/python -m benchmarks.moe $(ARGS)
+
+bench-loss: setup ## the vocabulary loss
+	$(BIN)/python -m benchmarks.head_loss $(ARGS)
+
+bench-train: setup ## tokens a second of a training step
+	$(BIN)/python -m benchmarks.train $(ARGS)
+
+kernels-report: setup ## registers, spills and shared memory of each kernel, compiled ahead of time
+	$(BIN)/python -m benchmarks.kernels_report $(ARGS)
+
+clean: ## remove the environment and caches; runs/ is kept
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,265 @@
+"""Verbs and nothing else: parse, call the stage, turn errors into exit codes."""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from configs.errors import ConfigError, Layer61Error
+from configs.load import freeze, load_config, settings
+from configs.progress import console, log
+from configs.schema import RunConfig
+
+__all__ = ["main"]
+
+EXIT_CODES = (
+    "exit codes: 0 done, 1 failed, 2 bad configuration or usage, 3 input does not match, 130/143 interrupted"
+)
+
+
+def _keys(*sections: str) -> str:
+    """The `--help` table of the settings of some sections, every key with its default."""
+    lines = []
+    for section, key, default, text, free in settings():
+        if section in sections:
+            shown = json.dumps(default, default=str)
+            note = " (may change between starts)" if free else ""
+            lines.append(f"  {section}.{key} = {shown}")
+            lines += textwrap.wrap(text + note, 96, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose usage errors look like every other error of this program."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message, f"{self.prog} --help explains")
+
+
+class Interrupted(BaseException):
+    """A termination signal; carries its number to the exit code."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def _say(stage: str, lines: str) -> None:
+    for line in lines.splitlines():
+        log(stage, line)
+
+
+def _target(args: argparse.Namespace) -> int:
+    from pipeline import target
+
+    config = load_config(args.config, args.overrides)
+    directory = args.directory or config.target.path
+    if directory is None:
+        raise ConfigError("no directory to build the target in", "layer61 target DIR, or set target.path")
+    _say("target", target.dry_run(config.tiny))
+    if not args.dry_run:
+        target.build_target(directory, config.tiny, config.run.seed)
+    return 0
+
+
+def _stage(
+    args: argparse.Namespace,
+    sections: Sequence[str],
+    plan: Callable[[RunConfig], Any],
+    run: Callable[[RunConfig], Any],
+) -> int:
+    """Say what will be done, keep the settings in the run directory, do it, print the result as JSON."""
+    config = load_config(args.config, args.overrides)
+    _say(args.verb, str(plan(config)))
+    if args.dry_run:
+        return 0
+    freeze(config, args.verb, sections)
+    started = time.monotonic()
+    result = run(config)
+    if result is not None:
+        print(json.dumps(result, indent=2, default=str))  # noqa: T201 - data goes to stdout
+    log(args.verb, f"done in {time.monotonic() - started:.0f} s")
+    return 0
+
+
+def _dump(args: argparse.Namespace) -> int:
+    from pipeline import dump
+
+    return _stage(args, ("target", "prompts", "dump"), dump.plan, dump.run)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from train import launch
+
+    return _stage(args, ("target", "train"), launch.plan, launch.run)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from train import evaluate
+
+    return _stage(args, ("target",), evaluate.plan, evaluate.run)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from export import nextn
+
+    return _stage(args, ("target",), nextn.plan, nextn.run)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from pipeline import serve
+
+    return _stage(args, ("target", "prompts"), serve.plan, serve.run)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from pipeline import demo
+
+    return demo.run(args.config, args.overrides, dry_run=args.dry_run)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from pipeline import report
+
+    path = report.write(args.run)
+    log("report", f"wrote {path}")
+    return 0
+
+
+def _store(args: argparse.Namespace) -> int:
+    import featurestore
+
+    if args.action == "info":
+        console_out(featurestore.render_info(featurestore.info(args.store)))
+        return 0
+    if args.action == "verify":
+        return featurestore.verify_and_report(args.store, repair=args.repair)
+    console_out(featurestore.show(args.store, args.document, tokenizer=args.tokenizer))
+    return 0
+
+
+def console_out(thing: Any) -> None:
+    """Print a rich renderable to stdout."""
+    from rich.console import Console
+
+    Console(soft_wrap=not sys.stdout.isatty()).print(thing)
+
+
+VERBS: dict[str, tuple[Callable[[argparse.Namespace], int], str, tuple[str, ...]]] = {
+    "dump": (_dump, "stage one: conversations to stored hidden states", ("run", "target", "prompts", "dump")),
+    "train": (_train, "stage two: train layer 61 from the store", ("run", "target", "train")),
+    "evaluate": (_evaluate, "offline acceptance of a checkpoint", ("run", "target", "train", "evaluate")),
+    "export": (_export, "write the NextN directory", ("run", "target", "export")),
+    "verify": (_verify, "serve target and draft in vLLM, measure acceptance", ("run", "target", "verify")),
+    "demo": (_demo, "every stage with the tiny target, and a table at the end", ("run", "tiny")),
+}
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="layer61",
+        description="Train DeepSeek-V3.2's multi-token-prediction layer offline.",
+        epilog=EXIT_CODES,
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
+
+    def add(name: str, text: str, sections: tuple[str, ...]) -> Parser:
+        return verbs.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=f"settings of this verb, with their defaults:\n{_keys(*sections)}\n\n{EXIT_CODES}"
+            if sections
+            else EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def add_config(verb: Parser) -> None:
+        verb.add_argument(
+            "arguments",
+            nargs="*",
+            metavar="CONFIG or section.key=value",
+            help="TOML files, later ones win, then overrides in TOML grammar",
+        )
+        verb.add_argument(
+            "--dry-run", action="store_true", help="say what would be done, with sizes, and stop"
+        )
+
+    verb = add("target", "build and train the tiny V3.2-shaped target", ("run", "target", "tiny"))
+    verb.add_argument("arguments", nargs="*", metavar="DIR, CONFIG or section.key=value")
+    verb.add_argument("--dry-run", action="store_true", help="say what would be done, with sizes, and stop")
+    verb.set_defaults(call=_target)
+    for name, (call, text, sections) in VERBS.items():
+        verb = add(name, text, sections)
+        add_config(verb)
+        verb.set_defaults(call=call)
+
+    verb = add("store", "look at a feature store", ())
+    actions = verb.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
+    action = actions.add_parser("info", help="totals, lengths, sources, contract, lossless bound")
+    action.add_argument("store")
+    action = actions.add_parser("verify", help="check every byte")
+    action.add_argument("store")
+    action.add_argument(
+        "--repair", action="store_true", help="quarantine bad parts, publish a manifest without them"
+    )
+    action = actions.add_parser("show", help="one document: text, mask, norms of the states")
+    action.add_argument("store")
+    action.add_argument("document", nargs="?", type=int, default=0, help="place in the store, from 0")
+    action.add_argument("--tokenizer", type=Path, help="directory of the target, to show text")
+    verb.set_defaults(call=_store)
+
+    verb = add("report", "write one self-contained HTML page about a run", ())
+    verb.add_argument("run", type=Path, help="run directory")
+    verb.set_defaults(call=_report)
+    return parser
+
+
+def _split(args: argparse.Namespace) -> None:
+    """Tell configuration files, overrides and the target's directory apart."""
+    args.config, args.overrides, args.directory = [], [], None
+    for text in args.arguments:
+        if "=" in text:
+            args.overrides.append(text)
+        elif args.verb == "target" and not text.endswith((".toml", ".json")):
+            args.directory = Path(text)
+        else:
+            args.config.append(text)
+
+
+def _interrupt(number: int, _frame: Any) -> NoReturn:
+    raise Interrupted(number)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        words = list(sys.argv[1:] if argv is None else argv)
+        if words and words[0] in (*VERBS, "target"):
+            # argparse takes options between positional arguments only here
+            words = [words[0], *sorted(words[1:], key=lambda word: not word.startswith("-"))]
+        args = _parser().parse_args(words)
+        if hasattr(args, "arguments"):
+            _split(args)
+        return args.call(args)
+    except Layer61Error as error:
+        console.print(f"error: {error.message}", markup=False, style="red")
+        if error.hint:
+            console.print(f"hint: {error.hint}", markup=False)
+        return error.exit_code
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command continues from what is saved")
+        return 128 + signal.SIGINT
+    except Interrupted as signalled:
+        console.print("terminated; the same command continues from what is saved")
+        return 128 + signalled.number
+    except BrokenPipeError:
+        # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

@@ -1,0 +1,177 @@
+"""Every stage in turn, each a process of its own exactly as a user starts it, and the table at the end."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.table import Table
+
+from configs.errors import Layer61Error
+from configs.files import write_json
+from configs.load import load_config
+from configs.progress import console, log
+from configs.provenance import collect
+from configs.schema import RunConfig
+
+__all__ = ["run"]
+
+
+class PeakMemory:
+    """Largest memory of this process and all below it, sampled; shared pages are counted once (PSS)."""
+
+    def __init__(self, interval_s: float = 0.5) -> None:
+        self.peak_bytes = 0
+        self._interval_s = interval_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "PeakMemory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        me = psutil.Process()
+        while not self._stop.wait(self._interval_s):
+            total = 0
+            for process in (me, *me.children(recursive=True)):
+                try:
+                    total += process.memory_full_info().pss
+                except (psutil.NoSuchProcess, psutil.AccessDenied):
+                    continue
+            self.peak_bytes = max(self.peak_bytes, total)
+
+
+@contextmanager
+def _child(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        yield process
+    except BaseException:
+        # the stage saves what it has when it is asked to end
+        process.terminate()
+        process.wait()
+        raise
+
+
+def _stage(verb: str, files: Sequence[str], overrides: Sequence[str]) -> dict[str, Any]:
+    """Run one verb and return the JSON object it prints.
+
+    Raises:
+        Layer61Error: the verb failed; its own message is already on the screen.
+    """
+    command = [sys.executable, "-m", "pipeline", verb, *files, *overrides]
+    log("demo", f"layer61 {' '.join(command[3:])}")
+    with _child(command) as process:
+        out, _ = process.communicate()
+    if process.returncode:
+        raise Layer61Error(
+            f"layer61 {verb} ended with exit code {process.returncode}",
+            "the same command continues from here",
+        )
+    return json.loads(out) if out.strip() else {}
+
+
+def _size_bytes(path: Path) -> int:
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+
+
+def _table(summary: dict[str, Any], config: RunConfig) -> Table:
+    table = Table(title="Acceptance on held-out conversations", title_justify="left")
+    table.add_column("")
+    table.add_column("before: the target's own layer", justify="right")
+    table.add_column("after: trained", justify="right")
+    before, after = summary["before"], summary["after"]
+    drafts = config.verify.num_speculative_tokens
+    rows = [(f"acceptance length, {drafts} draft tokens, vLLM", "acceptance_length")]
+    rows.append(("acceptance length, offline evaluator", "offline_acceptance_length"))
+    for name, key in rows:
+        table.add_row(name, f"{before[key]:.3f}", f"{after[key]:.3f}")
+    for k, pair in enumerate(
+        zip(before["acceptance_per_position"], after["acceptance_per_position"], strict=True)
+    ):
+        table.add_row(f"acceptance at position {k + 1}", *(f"{x:.1%}" for x in pair))
+    table.add_section()
+    for stage, cost in summary["stages"].items():
+        table.add_row(stage, f"{cost['seconds']:.0f} s", f"{cost['bytes'] / 2**20:,.1f} MiB on disk")
+    table.add_section()
+    table.add_row(
+        "whole run", f"{summary['seconds']:.0f} s", f"{summary['peak_rss_bytes'] / 2**30:.1f} GiB peak"
+    )
+    return table
+
+
+def run(files: Sequence[str], overrides: Sequence[str], *, dry_run: bool = False) -> int:
+    """Target, dump, train, evaluate, export, verify; then `RUN/summary.json` and a table.
+
+    Args:
+        files: configuration files, as on the command line.
+        overrides: `section.key=value` settings, as on the command line.
+        dry_run: let each stage say what it would do, as far as its input is there already.
+    """
+    config = load_config(files, overrides)
+    run_dir = config.run.dir
+    if dry_run:
+        for verb in ("target", "dump"):
+            subprocess.run(
+                [sys.executable, "-m", "pipeline", verb, *files, *overrides, "--dry-run"], check=True
+            )
+        log("demo", "then train, evaluate, export and verify from what the dump wrote")
+        return 0
+    assert config.target.path is not None
+    places = {
+        "target": config.target.path,
+        "dump": Path(config.store_path),
+        "train": run_dir / "checkpoints",
+        "evaluate": run_dir / "evaluate.best.json",
+        "export": config.export_dir,
+        "verify": run_dir / "verify.json",
+    }
+    stages: dict[str, dict[str, float]] = {}
+    results: dict[str, dict[str, Any]] = {}
+    started = time.monotonic()
+    with PeakMemory() as memory:
+        for verb, place in places.items():
+            began = time.monotonic()
+            if verb == "evaluate":
+                for checkpoint in ("released", "best"):
+                    wanted = [*overrides, f"evaluate.checkpoint={checkpoint}"]
+                    results[checkpoint] = _stage(verb, files, wanted)
+            else:
+                results[verb] = _stage(verb, files, overrides)
+            size = _size_bytes(place) if place.is_dir() else place.stat().st_size if place.exists() else 0
+            stages[verb] = {"seconds": round(time.monotonic() - began, 1), "bytes": size}
+    served = results["verify"]
+    keys = ("acceptance_length", "acceptance_per_position")
+    summary = {
+        "before": {k: served["before"][k] for k in keys}
+        | {"offline_acceptance_length": results["released"]["acceptance_length"]},
+        "after": {k: served["after"][k] for k in keys}
+        | {"offline_acceptance_length": results["best"]["acceptance_length"]},
+        "greedy": served["greedy"],
+        "stages": stages,
+        "seconds": round(time.monotonic() - started, 1),
+        "peak_rss_bytes": memory.peak_bytes,
+        **collect(),
+    }
+    write_json(run_dir / "summary.json", summary)
+    console.print(_table(summary, config))
+    greedy = served["greedy"]
+    console.print(
+        f"greedy output with the draft: {greedy['equal']} of {greedy['requests']} equal to plain decoding,"
+        f" {greedy['ties']} part at a bf16 tie, {greedy['different']} differ"
+    )
+    for verb, place in places.items():
+        console.print(f"{verb:<9} {place}")
+    console.print(f"summary   {run_dir / 'summary.json'}")
+    return 0
