@@ -1,0 +1,101 @@
+"""Settings: files, overrides, typos, and what a run directory remembers."""
+
+from pathlib import Path
+
+import pytest
+
+from configs.errors import ConfigError
+from configs.load import freeze, load_config, settings
+from configs.schema import OWNED, RunConfig
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_every_committed_file_loads(path):
+    config = load_config([path])
+    assert config.target.path is not None
+    assert config.prompts.path is not None
+
+
+def test_defaults_then_files_then_overrides(tmp_path):
+    first, second = tmp_path / "a.toml", tmp_path / "b.toml"
+    first.write_text(
+        "[train]\nlearning_rate = 1e-3\nnum_steps = 2\n[dump.vllm]\nmax_num_seqs = 8\nseed_x = 1\n"
+    )
+    second.write_text("[train]\nnum_steps = 4\n[dump.vllm]\nmax_num_seqs = 16\n")
+    config = load_config(
+        [first, second], ["train.learning_rate=3e-4", "dump.view=v3", "train.freeze=['eh_proj.']"]
+    )
+    assert config.train.learning_rate == 3e-4  # a float, not a string
+    assert config.train.num_steps == 4
+    assert config.dump.view == "v3"
+    assert config.train.freeze == ("eh_proj.",)
+    assert config.dump.vllm == {"max_num_seqs": 16, "seed_x": 1}
+    assert config.train.epochs == RunConfig().train.epochs
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.learning_rat=1", "train.learning_rate"),
+        ("trian.learning_rate=1", "train"),
+        ("dump.stroe=x", "dump.store"),
+    ],
+)
+def test_unknown_key_names_the_nearest_known_one(override, expected):
+    with pytest.raises(ConfigError, match="unknown key") as error:
+        load_config([], [override])
+    assert error.value.hint == f"did you mean {expected}?"
+    assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.num_steps=0", ["train.num_steps", "0"]),
+        ("train.loss=mse", ["train.loss", "mse"]),
+        ("dump.worker=3/2", ["dump.worker", "3/2"]),
+        ("dump.worker=x", ["dump.worker", "x"]),
+        ("prompts.max_answer_tokens=4096", ["max_answer_tokens", "max_length"]),
+        ("train.learning_rate=nan", ["train.learning_rate"]),
+        ("learning_rate=1", ["not an override"]),
+        ("train.learning_rate", ["not an override"]),
+    ],
+)
+def test_wrong_value_is_one_clear_error(override, words):
+    with pytest.raises(ConfigError) as error:
+        load_config([], [override])
+    assert all(word in error.value.message for word in words)
+
+
+@pytest.mark.parametrize("name", [f"{table}.{key}" for table, keys in OWNED.items() for key in sorted(keys)])
+def test_keys_decided_elsewhere_cannot_be_passed_through(name):
+    with pytest.raises(ConfigError, match=name.replace(".", r"\.")):
+        load_config([], [f"{name}=1"])
+
+
+def test_missing_and_malformed_files_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="nowhere.toml"):
+        load_config([tmp_path / "nowhere.toml"])
+    bad = tmp_path / "bad.toml"
+    bad.write_text("[train\n")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_config([bad])
+
+
+def test_every_key_has_help():
+    assert [f"{section}.{key}" for section, key, _, text, _ in settings() if not text] == []
+
+
+def test_run_directory_refuses_other_settings_and_lists_them(tmp_path):
+    base = [f"run.dir={tmp_path}"]
+    freeze(load_config([], [*base, "train.num_steps=2"]), "train", ["train"])
+    # how the work is done may change, and so may another stage's settings
+    freeze(load_config([], [*base, "train.num_steps=2", "train.ranks=4", "dump.view=v3"]), "train", ["train"])
+    with pytest.raises(
+        ConfigError, match=r"train\.num_steps was 2, now 3.*train\.loss was 'kl', now 'ce'"
+    ) as error:
+        freeze(load_config([], [*base, "train.num_steps=3", "train.loss=ce"]), "train", ["train"])
+    assert error.value.exit_code == 2
+    assert load_config([tmp_path / "config.train.json"]).train.num_steps == 2
