@@ -221,7 +221,7 @@ def account(
     Raises:
         InputError: lists the missing and the unexpected names.
     """
-    counts, needed = Counter(found), set(expected)
+    counts, needed = Counter(iter(found)), set(expected)
     missing = sorted(needed - counts.keys())
     surplus = sorted(counts.keys() - needed - set(optional))
     repeated = sorted(name for name, count in counts.items() if count > 1)

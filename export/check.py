@@ -1,0 +1,165 @@
+"""Replay on the headers of a directory what the servers' loaders do with its names, dtypes and shapes.
+
+Faithful to vLLM 0.32.0 (`get_spec_layer_idx_from_weight_name` in `model_executor/models/utils.py`,
+`DeepSeekMTP.load_weights` in `model_executor/models/deepseek_mtp.py`) and sglang 0.5.23
+(`models/deepseek_common/deepseek_weight_loader.py`). The two differ in whose configuration they believe:
+
+              layer number                   quantisation
+    vLLM      the target's                   the target's
+    sglang    the draft's; 0 if it has one   the draft's
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.errors import InputError
+from export import fp8
+from export.checkpoint import Checkpoint, mtp_prefix
+from export.keymap import DROPPED, is_quantized, layer_shapes
+
+__all__ = ["check", "sglang_parameter", "vllm_parameter"]
+
+# vLLM: names that stay beside the transformer block, and projections it stores as one (parameter, slot)
+OUTSIDE_BLOCK = ("embed_tokens", "enorm", "hnorm", "eh_proj", "shared_head")
+FUSED = {
+    "q_a_proj": ("fused_qkv_a_proj", 0),
+    "kv_a_proj_with_mqa": ("fused_qkv_a_proj", 1),
+    "wk": ("wk_weights_proj", 0),
+    "weights_proj": ("wk_weights_proj", 1),
+    "gate_proj": ("gate_up_proj", 0),
+    "up_proj": ("gate_up_proj", 1),
+}
+EXPERT = {"gate_proj": ("w13", "w1"), "up_proj": ("w13", "w3"), "down_proj": ("w2", "w2")}
+
+
+def vllm_parameter(name: str, target: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Parameter and slot that vLLM's MTP model fills from a checkpoint name; None where it skips the name.
+
+    Args:
+        name: name in the draft directory.
+        target: the *target's* config.json; only its layer number counts.
+
+    Example: `model.layers.61.self_attn.q_a_proj.weight` ->
+    (`model.layers.61.mtp_block.self_attn.fused_qkv_a_proj.weight`, `0`).
+    """
+    if not target.get("num_nextn_predict_layers"):
+        return None
+    prefix = mtp_prefix(target)
+    if not name.startswith(prefix):
+        return None
+    short = name.removeprefix(prefix)
+    if short.startswith("embed_tokens"):
+        return "model." + short, ""
+    if any(word in short for word in OUTSIDE_BLOCK):
+        return name, ""
+    block = f"{prefix}mtp_block."
+    parts = short.split(".")
+    if parts[:2] == ["mlp", "experts"]:
+        parameter, slot = EXPERT[parts[3]]
+        return f"{block}mlp.experts.{parameter}_{parts[4]}", f"{parts[2]}.{slot}"
+    for i, part in enumerate(parts):
+        if part in FUSED:
+            fused, index = FUSED[part]
+            return block + ".".join([*parts[:i], fused, *parts[i + 1 :]]), str(index)
+    return block + short, ""
+
+
+def sglang_parameter(name: str, draft: Mapping[str, Any]) -> str | None:
+    """Parameter that sglang's NextN model fills from a checkpoint name; None where it skips the name.
+
+    Args:
+        name: name in the draft directory.
+        draft: the *draft's* own config.json.
+    """
+    prefix = "model.layers.0." if draft["num_hidden_layers"] == 1 else mtp_prefix(draft)
+    if not name.startswith(prefix) or "shared_head.head" in name or "embed_tokens" in name:
+        return None
+    short = name.removeprefix(prefix)
+    outside = ("shared_head.norm", "eh_proj", "enorm", "hnorm")
+    return ("model." if short.startswith(outside) else "model.decoder.") + short
+
+
+def _check_quantization(
+    draft: Checkpoint, names: list[str], quantization: Mapping[str, Any] | None, whose: str
+) -> list[str]:
+    """Compare each tensor's form with what a server expects under a quantisation_config."""
+    problems = []
+    for name in names:
+        expected = quantization is not None and is_quantized(name)
+        found = draft.scale_name(name) is not None
+        if expected and not (found and draft.dtype(name) == torch.float8_e4m3fn):
+            problems.append(f"{name} is {draft.dtype(name)} without scales, {whose} configuration says fp8")
+        elif found and not expected:
+            problems.append(f"{name} has scales, {whose} configuration says it is not quantised")
+    return problems
+
+
+def check(directory: Path | str, target_dir: Path | str) -> dict[str, list[str]]:
+    """Say which servers would load a draft directory beside a target.
+
+    Every tensor of the layer must reach exactly one place of the server's model, with the shape that
+    the configuration gives it, in the quantisation that this server will assume.
+
+    Args:
+        directory: a draft directory, or a whole checkpoint.
+        target_dir: the target it will serve.
+
+    Returns:
+        Problems by server, `vllm` and `sglang`; an empty list means that it loads.
+
+    Raises:
+        InputError: one of the directories is no checkpoint.
+    """
+    target, draft = Checkpoint(target_dir), Checkpoint(directory)
+    shapes = layer_shapes(target.config)
+    needed = [name for name in shapes if name not in DROPPED]
+    prefix = mtp_prefix(target.config)
+    scales = {scale for name in draft.names if (scale := draft.scale_name(name)) is not None}
+    plain = [name for name in draft.names if name not in scales]
+
+    problems: dict[str, list[str]] = {"vllm": [], "sglang": []}
+    rules: dict[str, Any] = {
+        "vllm": lambda name: vllm_parameter(name, target.config),
+        "sglang": lambda name: sglang_parameter(name, draft.config),
+    }
+    # where each tensor has to arrive, by the same rules from the names of the released layer
+    sglang_config = {**target.config}
+    destinations: dict[str, dict[Any, str]] = {
+        "vllm": {vllm_parameter(prefix + n, target.config): n for n in needed},
+        "sglang": {sglang_parameter(prefix + n, sglang_config): n for n in needed},
+    }
+    for server, rule in rules.items():
+        found: dict[Any, str] = {}
+        for name in plain:
+            destination = rule(name)
+            short = destinations[server].get(destination)
+            if destination is None or (short is None and name.endswith(DROPPED)):
+                continue
+            if short is None:
+                problems[server].append(f"{name} goes to {destination}, which the model does not have")
+            elif destination in found:
+                problems[server].append(f"{name} and {found[destination]} go to the same place")
+            elif draft.shape(name) != shapes[short]:
+                problems[server].append(
+                    f"{name} has shape {draft.shape(name)}, the configuration says {shapes[short]}"
+                )
+            found.setdefault(destination, name)
+            scale = draft.scale_name(name)
+            if scale is not None and draft.shape(scale) != fp8.scale_shape(draft.shape(name), draft.block):
+                problems[server].append(f"{scale} has shape {draft.shape(scale)}")
+        missing = [short for destination, short in destinations[server].items() if destination not in found]
+        if missing:
+            problems[server].append(f"{len(missing)} tensors missing: {', '.join(missing[:3])}")
+        whose, config = ("the target's", target) if server == "vllm" else ("its own", draft)
+        problems[server] += _check_quantization(draft, list(found.values()), config.quantization, whose)
+    if draft.config.get("num_nextn_predict_layers") != 1:
+        problems["sglang"].append("num_nextn_predict_layers is not 1 in the draft's configuration")
+    if target.config.get("num_nextn_predict_layers") != 1:
+        problems["vllm"].append("num_nextn_predict_layers is not 1 in the target's configuration")
+    for config in (target, draft):
+        if not config.config.get("architectures"):
+            raise InputError(f"{config.directory}/config.json names no architectures")
+    return problems

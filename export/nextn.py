@@ -1,0 +1,621 @@
+"""Write a trained MTP layer as a directory that servers load as a draft.
+
+    layout          tensors                       config.json                        loads in
+    nextn           model.layers.{N}.*            the target's, byte for byte        vLLM, sglang
+    sglang-legacy   model.layers.0.*              num_hidden_layers 1, own class     sglang
+    stitched        the whole target, layer N     the target's, byte for byte        vLLM, sglang, as the
+                    replaced, the rest as links                                      target itself
+
+N is the target's `num_hidden_layers`. Embedding and head are left out: servers take the target's. Each tensor
+is stored in the dtype of the target's own layer; one that training left as it was keeps the target's bits.
+vLLM gives a draft the target's quantisation, so a float8 target needs a float8 draft (`auto`). `layer61.json`
+in the directory says what it was made from, which makes a second run a no-op.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+
+from configs.contract import norm_and_head_sha256, require_same, target_contract
+from configs.errors import ConfigError, InputError
+from configs.files import read_json, sha256_file, write_json
+from configs.progress import log, task
+from configs.schema import RunConfig
+from export import fp8
+from export.check import check
+from export.checkpoint import INDEX, Checkpoint, mtp_prefix
+from export.keymap import DROPPED, account, is_quantized, layer_shapes
+
+__all__ = ["MANIFEST", "Plan", "export", "plan", "prepare", "refuse_name", "run"]
+
+MANIFEST = "layer61.json"
+Layout = Literal["nextn", "sglang-legacy", "stitched"]
+Quantization = Literal["auto", "none", "fp8"]
+
+# vLLM picks the speculative method by these words anywhere in the draft's path, whatever the method asked for
+FORBIDDEN = ("eagle", "dflash", "dspark")
+# copied from the target; neither server reads the tokenizer of a draft, but tools that open the directory do
+COPIED = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.jinja"),
+    *("generation_config.json", "configuration_*.py", "modeling_*.py", "LICENSE*"),
+)
+# what a DeepSeek-V3.2 checkpoint says about its own float8 weights
+FP8_CONFIG = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "scale_fmt": "ue8m0",
+    "weight_block_size": list(fp8.BLOCK),
+}
+FILE_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor to write: its short name, name in the directory, shape, dtype, and whether in blocks."""
+
+    name: str
+    written: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    quantized: bool
+
+    @property
+    def scale(self) -> str:
+        return f"{self.written.removesuffix('weight')}weight_scale_inv"
+
+    def stored(self, block: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of what is written, scales included, by name."""
+        out = {self.written: (self.shape, self.dtype)}
+        if self.quantized:
+            out[self.scale] = (fp8.scale_shape(self.shape, block), torch.float32)
+        return out
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an export will write; `fingerprint` says from what, `files` how.
+
+    Attributes:
+        entries: every tensor, in order.
+        files: entries of each new file by its name.
+        kept: stitched layout: names of the target's tensors each rewritten file keeps.
+        links: stitched layout: files of the target that are linked.
+        num_bytes: bytes of the new tensors.
+        config: config.json of the directory; None for a byte-for-byte copy of the target's.
+    """
+
+    weights: Checkpoint
+    target: Checkpoint
+    directory: Path
+    layout: Layout
+    quantization: Literal["none", "fp8"]
+    entries: tuple[Entry, ...]
+    files: dict[str, tuple[Entry, ...]]
+    num_bytes: int
+    config: dict[str, Any] | None
+    contract: dict[str, Any] | None
+    step: int | None
+    kept: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    links: tuple[str, ...] = ()
+
+    @property
+    def power_of_two(self) -> bool:
+        """Whether scales are powers of two: as the target's are, and by default."""
+        return (self.target.quantization or FP8_CONFIG).get("scale_fmt") == "ue8m0"
+
+    def describe(self) -> str:
+        """The plan in one line."""
+        what = "the released layer" if self.weights.directory == self.target.directory else "the layer"
+        step = "" if self.step is None else f" of step {self.step:,}"
+        form = "fp8" if self.quantization == "fp8" else "unquantised"
+        links = f" and {len(self.links)} links" if self.layout == "stitched" else ""
+        return (
+            f"{what}{step} as {self.layout}, {form}: {len(self.entries):,} tensors,"
+            f" {self.num_bytes / 1e9:,.3f} GB in {len(self.files)} files{links}, to {self.directory}"
+        )
+
+
+def refuse_name(path: Path | str, key: str = "export.dir") -> None:
+    """Refuse a path that vLLM would take for another speculative method.
+
+    Raises:
+        ConfigError: `eagle`, `dflash` or `dspark` stands somewhere in the absolute path.
+    """
+    path = Path(path).absolute()
+    word = next((w for w in FORBIDDEN if w in str(path).lower()), None)
+    if word:
+        raise ConfigError(
+            f"{key} = {path} contains {word!r}: vLLM chooses the speculative method by that word in the path"
+            " and would not load the directory as an MTP draft",
+            f"set {key} to a path, parents included, without {', '.join(FORBIDDEN)}",
+        )
+
+
+def _weights(directory: Path, target: Checkpoint) -> tuple[Checkpoint, dict[str, Any]]:
+    """Open the layer's tensors and what is written beside them."""
+    if directory == target.directory:
+        return target, {}
+    if (directory / "weights").is_dir():
+        directory = directory / "weights"
+    weights = Checkpoint(directory, config=target.config)
+    for manifest in (directory / MANIFEST, directory.parent / MANIFEST):
+        if manifest.is_file():
+            try:
+                said = read_json(manifest)
+            except ValueError as error:
+                raise InputError(f"{manifest} is not JSON: {error}") from None
+            if not isinstance(said, dict) or said.get("format") != 1:
+                raise InputError(f"{manifest} is not of format 1")
+            return weights, said
+    return weights, {}
+
+
+def _scheme(target: Checkpoint, quantization: Quantization) -> Literal["none", "fp8"]:
+    """Whether the draft is stored in float8 blocks."""
+    config = target.quantization
+    if quantization != "auto":
+        return quantization
+    if config is None:
+        return "none"
+    if config.get("quant_method") != "fp8" or not config.get("weight_block_size"):
+        raise InputError(
+            f"{target.directory} is quantised as {config.get('quant_method')!r}"
+            f" with weight_block_size {config.get('weight_block_size')!r}; only fp8 in blocks can be written",
+            'set export.quantization = "none" for a bfloat16 draft, which sglang serves beside any target',
+        )
+    return "fp8"
+
+
+def _pack(
+    entries: tuple[Entry, ...], block: tuple[int, int], limit: int, stem: str
+) -> dict[str, tuple[Entry, ...]]:
+    """Cut the entries, in order, into files of at most `limit` bytes, larger tensors alone."""
+    groups: list[list[Entry]] = [[]]
+    used = 0
+    for entry in entries:
+        size = sum(_num_bytes(*x) for x in entry.stored(block).values())
+        if groups[-1] and used + size > limit:
+            groups.append([])
+            used = 0
+        groups[-1].append(entry)
+        used += size
+    return {
+        f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors": tuple(group) for i, group in enumerate(groups, 1)
+    }
+
+
+def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def prepare(
+    weights_dir: Path | str,
+    target_dir: Path | str,
+    out_dir: Path | str,
+    *,
+    layout: Layout = "nextn",
+    quantization: Quantization = "auto",
+    contract: dict[str, Any] | None = None,
+    file_bytes: int = FILE_BYTES,
+) -> Plan:
+    """Check every input by its headers and say what would be written; arguments and errors as `export`."""
+    out = Path(out_dir).absolute()
+    refuse_name(out)
+    target = Checkpoint(Path(target_dir).absolute())
+    target_names = target.mtp_names()
+    weights, said = _weights(Path(weights_dir).absolute(), target)
+    _compare_contracts(weights, target, said, contract)
+
+    prefix, shapes = mtp_prefix(target.config), layer_shapes(target.config)
+    needed = [name for name in shapes if name not in DROPPED]
+    dropped = [prefix + name for name in DROPPED]
+    for source, names in ((target, target_names), (weights, weights.mtp_names())):
+        scales = {source.scale_name(name) for name in names}
+        plain = [name for name in names if name not in scales]
+        account(plain, [prefix + n for n in needed], str(source.directory), optional=dropped)
+        wrong = [
+            f"{n} has shape {source.shape(prefix + n)}, expected {shapes[n]}"
+            for n in needed
+            if source.shape(prefix + n) != shapes[n]
+        ]
+        if wrong:
+            raise InputError(
+                f"{source.directory} does not fit {target.directory}/config.json: {'; '.join(wrong[:3])}"
+            )
+
+    scheme = _scheme(target, quantization)
+    block = target.block
+    entries = []
+    for name in needed:
+        in_target = target.scale_name(prefix + name) is not None
+        quantized = scheme == "fp8" and (in_target or (target.quantization is None and is_quantized(name)))
+        dtype = target.dtype(prefix + name)
+        if quantized:
+            dtype = torch.float8_e4m3fn
+        elif in_target:
+            dtype = torch.bfloat16
+        written = f"model.layers.0.{name}" if layout == "sglang-legacy" else prefix + name
+        entries.append(Entry(name, written, shapes[name], dtype, quantized))
+
+    config: dict[str, Any] | None = dict(target.config)
+    assert config is not None
+    if scheme == "none":
+        config.pop("quantization_config", None)
+    elif target.quantization is None:
+        config["quantization_config"] = FP8_CONFIG
+    if layout == "sglang-legacy":
+        config |= {"num_hidden_layers": 1, "architectures": ["DeepseekV3ForCausalLMNextN"]}
+    if config == target.config:
+        config = None
+    elif layout == "stitched":
+        raise ConfigError(
+            f"export.quantization = {quantization!r} differs from the target's own, which the other layers"
+            " of a stitched checkpoint keep",
+            'set export.quantization = "auto", or export.layout = "nextn"',
+        )
+
+    stem = f"model-layer{target.config['num_hidden_layers']}" if layout == "stitched" else "model"
+    files = _pack(tuple(entries), block, file_bytes, stem)
+    kept: dict[str, tuple[str, ...]] = {}
+    links: list[str] = []
+    if layout == "stitched":
+        replaced = {name for e in entries for name in (prefix + e.name, target.scale_name(prefix + e.name))}
+        content: dict[str, list[str]] = {}
+        for name in target.names:
+            content.setdefault(target.file(name), []).append(name)
+        for file, held in content.items():
+            # a server reads whole files, so a linked one must not hold the old layer
+            if replaced.isdisjoint(held):
+                links.append(file)
+            elif rest := tuple(name for name in held if name not in replaced):
+                # a file of this name would be taken for the whole checkpoint
+                kept["model-rest.safetensors" if file == "model.safetensors" else file] = rest
+    return Plan(
+        weights=weights,
+        target=target,
+        directory=out,
+        layout=layout,
+        quantization=scheme,
+        entries=tuple(entries),
+        files=files,
+        num_bytes=sum(_num_bytes(*x) for e in entries for x in e.stored(block).values())
+        + sum(_num_bytes(target.shape(n), target.dtype(n)) for names in kept.values() for n in names),
+        config=config,
+        contract=contract if contract is not None else said.get("contract"),
+        step=said.get("step"),
+        kept=kept,
+        links=tuple(links),
+    )
+
+
+def _compare_contracts(
+    weights: Checkpoint, target: Checkpoint, said: dict[str, Any], contract: dict[str, Any] | None
+) -> None:
+    """Check that the layer was trained for this target and under the expected contract."""
+    trained = said.get("contract")
+    if trained is None:
+        return
+    what = f"weights {weights.directory} and target {target.directory}"
+    hint = "set target.path to the checkpoint whose states the layer was trained on"
+    here = {"target": target_contract(target.directory).model_dump(mode="json")}
+    require_same({"target": trained.get("target")}, here, what, hint=hint)
+    head = norm_and_head_sha256(target.directory)
+    if trained.get("norm_and_head_sha256") != head:
+        require_same(
+            {"norm_and_head_sha256": trained.get("norm_and_head_sha256")},
+            {"norm_and_head_sha256": head},
+            what,
+            hint=hint,
+        )
+    if contract is not None:
+        require_same(trained, contract, f"weights {weights.directory} and the contract given", hint=hint)
+
+
+def _identity(plan: Plan) -> dict[str, Any]:
+    """What decides the bytes of an export."""
+    identity: dict[str, Any] = {
+        "format": 1,
+        "layout": plan.layout,
+        "quantization": plan.quantization,
+        "target": target_contract(plan.target.directory).model_dump(mode="json", exclude={"path"}),
+        "weights": "released",
+    }
+    if plan.weights.directory != plan.target.directory:
+        files = sorted({plan.weights.file(name) for name in plan.weights.names})
+        identity["weights"] = {file: sha256_file(plan.weights.directory / file) for file in files}
+    return identity
+
+
+def _finished(plan: Plan, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of an identical export in place; None where there is nothing yet."""
+    out = plan.directory
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    hint = f"remove {out}, or set export.dir to another directory"
+    try:
+        manifest = read_json(out / MANIFEST)
+        sizes, made_from = manifest["files"], manifest["identity"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{out} exists and is not an export of this program", hint) from None
+    damaged = [f for f, n in sizes.items() if not (out / f).is_file() or (out / f).stat().st_size != n]
+    if damaged:
+        raise InputError(
+            f"the export at {out} is damaged: {', '.join(damaged[:3])} missing or cut short", hint
+        )
+    if made_from != identity:
+        differing = sorted(k for k in identity if made_from.get(k) != identity[k])
+        raise InputError(f"{out} holds another export: {', '.join(differing)} differ", hint)
+    return manifest
+
+
+def _convert(entry: Entry, plan: Plan) -> tuple[dict[str, torch.Tensor], dict[str, float] | None, bool]:
+    """Make what is stored of one entry.
+
+    Returns:
+        The tensors by name; the rounding errors of a newly quantised one; whether the bits are the target's.
+
+    Raises:
+        InputError: the trained tensor holds a NaN or an infinity.
+    """
+    target, weights, name = plan.target, plan.weights, mtp_prefix(plan.target.config) + entry.name
+    trained = weights.get(name)
+    if not trained.isfinite().all():
+        raise InputError(
+            f"{weights.directory}: {name} holds NaN or infinite values",
+            "training diverged before this checkpoint; export an earlier one",
+        )
+    scale = target.scale_name(name)
+    same_form = entry.quantized == (scale is not None) and target.dtype(name) == entry.dtype
+    # the released values, in the precision training kept them in
+    if same_form and torch.equal(target.get(name).to(trained.dtype), trained):
+        stored = {entry.written: target.get(name, raw=True)}
+        if scale is not None:
+            stored[entry.scale] = target.get(scale)
+        return stored, None, True
+    if not entry.quantized:
+        return {entry.written: trained.to(entry.dtype).contiguous()}, None, False
+    w8, scale_inv = fp8.quantize(trained, power_of_two=plan.power_of_two, block=target.block)
+    error = fp8.dequantize(w8, scale_inv, block=target.block) - trained.float()
+    norm = trained.float().norm().item()
+    errors = {
+        "max_abs": error.abs().max().item(),
+        "relative_rms": error.norm().item() / norm if norm else 0.0,
+    }
+    return {entry.written: w8, entry.scale: scale_inv}, errors, False
+
+
+def _summary(errors: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Rounding errors by kind of tensor, experts together."""
+    kinds: dict[str, list[dict[str, float]]] = {}
+    for name, error in errors.items():
+        kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        kinds.setdefault(kind, []).append(error)
+    return {
+        kind: {
+            "tensors": len(found),
+            "max_abs": max(e["max_abs"] for e in found),
+            "mean_relative_rms": sum(e["relative_rms"] for e in found) / len(found),
+            "worst_relative_rms": max(e["relative_rms"] for e in found),
+        }
+        for kind, found in kinds.items()
+    }
+
+
+def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})
+    with open(path, "rb") as f:
+        os.fsync(f.fileno())
+
+
+def _copied(target: Path) -> Iterator[Path]:
+    for pattern in COPIED:
+        yield from (p for p in sorted(target.glob(pattern)) if p.is_file())
+
+
+def export(
+    weights_dir: Path | str,
+    target_dir: Path | str,
+    out_dir: Path | str,
+    *,
+    layout: Layout = "nextn",
+    quantization: Quantization = "auto",
+    contract: dict[str, Any] | None = None,
+    dry_run: bool = False,
+    file_bytes: int = FILE_BYTES,
+) -> dict[str, Any]:
+    """Write a layer as a draft directory, published by one rename; memory is that of one file.
+
+    Args:
+        weights_dir: a training checkpoint or its `weights` (safetensors with checkpoint names, bfloat16 or
+            float32, `layer61.json` beside), another export, or the target itself for its released layer.
+        target_dir: the target checkpoint.
+        out_dir: directory to write; an identical export in place is left as it is.
+        layout: see the module's table.
+        quantization: `auto` as the target's; `none` bfloat16; `fp8` in blocks of 128 x 128.
+        contract: contract the weights must have been trained under, in JSON form; by default the one beside
+            the weights is taken over.
+        dry_run: check, say what would be written, and stop.
+        file_bytes: most bytes of one file.
+
+    Returns:
+        `layer61.json` of the directory (identity, contract, step, files, rounding errors, servers that load
+        it), with `directory` and `reused`; for a dry run `directory`, `tensors`, `bytes`, `files`.
+
+    Raises:
+        InputError: a checkpoint is incomplete, of other sizes, not finite, or `out_dir` holds something else.
+        ContractError: the weights were trained for another target or under another contract.
+        ConfigError: the path would mislead vLLM, or layout and quantisation exclude each other.
+    """
+    planned = prepare(
+        weights_dir,
+        target_dir,
+        out_dir,
+        layout=layout,
+        quantization=quantization,
+        contract=contract,
+        file_bytes=file_bytes,
+    )
+    if dry_run:
+        log("export", planned.describe())
+        return {
+            "directory": str(planned.directory),
+            "tensors": len(planned.entries),
+            "bytes": planned.num_bytes,
+            "files": list(planned.files),
+        }
+    identity = _identity(planned)
+    if done := _finished(planned, identity):
+        log("export", f"already done: {planned.directory} is this export; nothing to do")
+        return {**done, "directory": str(planned.directory), "reused": True}
+    partial = planned.directory.with_name(f".{planned.directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        manifest = _write(planned, partial, identity)
+        os.rename(partial, planned.directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    log("export", f"wrote {planned.directory}; loads in {' and '.join(manifest['servers'])}")
+    return {**manifest, "directory": str(planned.directory), "reused": False}
+
+
+def _write(plan: Plan, directory: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """Fill `directory` and return its manifest."""
+    target = plan.target
+    errors: dict[str, dict[str, float]] = {}
+    weight_map: dict[str, str] = {}
+    total = unchanged = 0
+    with task("export", plan.num_bytes) as progress:
+        for file, entries in plan.files.items():
+            tensors: dict[str, torch.Tensor] = {}
+            for entry in entries:
+                stored, error, same = _convert(entry, plan)
+                unchanged += same
+                if error is not None:
+                    errors[entry.name] = error
+                tensors |= stored
+                progress.advance(sum(t.nbytes for t in stored.values()), entry.name)
+            _save(directory / file, tensors)
+            weight_map |= dict.fromkeys(tensors, file)
+            total += sum(t.nbytes for t in tensors.values())
+        for file, names in plan.kept.items():
+            tensors = {name: target.get(name, raw=True) for name in names}
+            _save(directory / file, tensors)
+            weight_map |= dict.fromkeys(tensors, file)
+            total += sum(t.nbytes for t in tensors.values())
+            progress.advance(sum(t.nbytes for t in tensors.values()), file)
+    log("export", f"{unchanged:,} of {len(plan.entries):,} tensors are as released and keep their bits")
+    for file in plan.links:
+        (directory / file).symlink_to((target.directory / file).resolve())
+    if plan.links:
+        for name in target.names:
+            if target.file(name) in plan.links:
+                weight_map[name] = target.file(name)
+                total += _num_bytes(target.shape(name), target.dtype(name))
+    write_json(
+        directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    )
+    if plan.config is None:
+        shutil.copyfile(target.directory / "config.json", directory / "config.json")
+    else:
+        write_json(directory / "config.json", plan.config)
+    for path in _copied(target.directory):
+        shutil.copyfile(path, directory / path.name)
+
+    problems = check(directory, target.directory)
+    servers = [server for server, found in problems.items() if not found]
+    for server, found in problems.items():
+        if found:
+            log("export", f"{server} will not serve this draft: {found[0]}")
+    if not servers:
+        raise InputError(f"no server would load the export: {json.dumps(problems)}")
+    summary = _summary(errors)
+    for kind, e in sorted(summary.items(), key=lambda item: -item[1]["worst_relative_rms"]):
+        log(
+            "export",
+            f"fp8 {kind}: {e['tensors']} tensors, relative error {e['mean_relative_rms']:.4f}"
+            f" (worst {e['worst_relative_rms']:.4f}), largest {e['max_abs']:.3g}",
+        )
+    manifest = {
+        "format": 1,
+        "kind": "nextn",
+        "identity": identity,
+        "contract": plan.contract,
+        "step": plan.step,
+        "weights": str(plan.weights.directory),
+        "target": str(plan.target.directory),
+        "tensors": len(plan.entries),
+        "unchanged": unchanged,
+        "bytes": plan.num_bytes,
+        "servers": servers,
+        "fp8_errors": summary,
+        "files": {p.name: p.stat().st_size for p in sorted(directory.iterdir())},
+    }
+    write_json(directory / MANIFEST, manifest)
+    return manifest
+
+
+def _arguments(config: RunConfig) -> dict[str, Any]:
+    """Arguments of `export` that a configuration means.
+
+    Raises:
+        ConfigError: no target is set.
+        InputError: there is no such checkpoint in the run directory.
+    """
+    if config.target.path is None:
+        raise ConfigError("target.path is not set", "name the directory of the target checkpoint")
+    return {
+        "weights_dir": find_checkpoint(config),
+        "target_dir": config.target.path,
+        "out_dir": config.export_dir,
+        "layout": config.export.layout,
+        "quantization": config.export.quantization,
+    }
+
+
+def find_checkpoint(config: RunConfig) -> Path:
+    """Directory of the weights that `export.checkpoint` means: `best`, `last`, `released` or a path.
+
+    Raises:
+        InputError: the run directory holds no finished checkpoint.
+    """
+    wanted = config.export.checkpoint
+    if wanted == "released":
+        assert config.target.path is not None
+        return config.target.path
+    if wanted not in ("best", "last"):
+        return Path(wanted)
+    folder = config.run.dir / "checkpoints"
+    # the manifest is the last file of a checkpoint; without it there is none
+    finished = sorted(p.parent for p in folder.glob(f"step_*/{MANIFEST}"))
+    if not finished:
+        raise InputError(
+            f"{folder} holds no finished checkpoint",
+            "run `layer61 train` first, or set export.checkpoint to a directory or to released",
+        )
+    if wanted == "last":
+        return finished[-1]
+    try:
+        best = read_json(folder / "best.json")
+        return folder / best["checkpoint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        log("export", f"{folder} names no best checkpoint; taking the last one, {finished[-1].name}")
+        return finished[-1]
+
+
+def plan(config: RunConfig) -> str:
+    """One line: what `layer61 export` will write, with sizes."""
+    return prepare(**_arguments(config)).describe()
+
+
+def run(config: RunConfig) -> dict[str, Any]:
+    """`layer61 export`: write the draft directory and return its manifest."""
+    return export(**_arguments(config))
