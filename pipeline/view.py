@@ -1,9 +1,10 @@
 """A V3 view of a V3.2 checkpoint: the same weights as a model without sparse attention.
 
-vLLM has no sparse attention on CPU. Up to `index_topk` tokens sparse attention attends to every token, so dense
-attention computes the same; there the view is exact. It is a directory of links with a rewritten `config.json`
-(`deepseek_v3`, no `index_*`). vLLM's V3 class skips the backbone's indexer tensors, but its MTP class knows no
-such names and fails on them, so files with indexer tensors of the MTP layer are written anew without these.
+vLLM has no sparse attention on CPU. Up to `index_topk` tokens sparse attention attends to every token, so
+dense attention computes the same; there the view is exact. It is a directory of links with a rewritten
+`config.json` (`deepseek_v3`, no `index_*`). vLLM's V3 class skips the backbone's indexer tensors, but its MTP
+class knows no such names and fails on them, so files with indexer tensors of the MTP layer are written anew
+without these.
 """
 
 import os
