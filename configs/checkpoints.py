@@ -1,0 +1,99 @@
+"""Where training checkpoints lie and which of them are whole; reads names and sizes, never a tensor.
+
+RUN/checkpoints/
+  latest, best         name of a checkpoint, one line, replaced by rename
+  step_000200/
+    COMMIT.json        written last: {"format": 1, "files": {name: bytes}}
+    layer61.json       {"format": 1, "step", "ranks", "contract", "loader", "metrics", "settings"}
+    weights/           the layer under its checkpoint names: safetensors files and their index
+    deepspeed/         partitions of parameters and optimizer, one pair of files a rank
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from configs.errors import InputError
+from configs.files import read_json
+
+__all__ = ["COMMIT", "META", "committed", "directory", "locate", "read_meta", "tag"]
+
+COMMIT = "COMMIT.json"
+META = "layer61.json"
+TAG = re.compile(r"^step_(\d{6,})$")
+
+
+def directory(run_dir: Path) -> Path:
+    """The folder of a run's checkpoints."""
+    return Path(run_dir) / "checkpoints"
+
+
+def tag(step: int) -> str:
+    """Name of the checkpoint after `step` optimizer steps."""
+    return f"step_{step:06d}"
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        commit = read_json(path / COMMIT)
+        return commit["format"] == 1 and all(
+            (path / name).stat().st_size == size for name, size in commit["files"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def committed(run_dir: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first; half-made and damaged ones do not count."""
+    root = directory(run_dir)
+    if not root.is_dir():
+        return []
+    found = [p for p in root.iterdir() if TAG.match(p.name) and p.is_dir() and _is_whole(p)]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+
+
+def locate(run_dir: Path, which: str) -> Path:
+    """Find a checkpoint of a run by `last`, `best` or path.
+
+    `best` is the newest one where no checkpoint was evaluated.
+
+    Raises:
+        InputError: there is no such checkpoint, or it is not whole.
+    """
+    if which not in ("last", "best"):
+        path = Path(which)
+        if not _is_whole(path):
+            raise InputError(
+                f"{path} is not a whole checkpoint of this program: {COMMIT} is missing or does not fit the files",
+                "name a directory like RUN/checkpoints/step_000200, or use best or last",
+            )
+        return path
+    whole = committed(run_dir)
+    if not whole:
+        raise InputError(
+            f"{directory(run_dir)} holds no whole checkpoint",
+            f"run layer61 train first, with run.dir={run_dir}",
+        )
+    marker = directory(run_dir) / "best"
+    if which == "best" and marker.is_file():
+        named = [p for p in whole if p.name == marker.read_text(encoding="utf-8").strip()]
+        if named:
+            return named[0]
+    return whole[-1]
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """Parse `layer61.json` of a checkpoint.
+
+    Raises:
+        InputError: missing, malformed, or of another format.
+    """
+    try:
+        meta = read_json(path / META)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path / META}: {error}") from None
+    if not isinstance(meta, dict) or meta.get("format") != 1:
+        raise InputError(
+            f"{path / META} is not of format 1", "it was written by another version of this program"
+        )
+    return meta

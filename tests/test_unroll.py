@@ -1,0 +1,134 @@
+"""The parallel unroll against the server's serial recursion, and its fast attention against the plain one."""
+
+import itertools
+
+import pytest
+import torch
+
+from tests.reference import Reference
+from train.model import load_layer
+from train.unroll import select, unroll
+
+LENGTHS = (11, 7)
+
+
+def packed(layer, lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    T = sum(lengths)
+    ids = torch.randint(layer.dims.vocab_size, (T,), generator=generator)
+    hidden = torch.randn(T, layer.dims.hidden_size, generator=generator)
+    return ids, hidden, torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+def defined(lengths, num_steps):
+    """Bool [S, T]: the rows of each step that predict a token of their document."""
+    places = torch.cat([torch.arange(n) for n in lengths])
+    ends = torch.cat([torch.full((n,), n) for n in lengths])
+    return torch.stack([places + s + 2 < ends for s in range(num_steps)])
+
+
+@pytest.mark.parametrize("mask_position_0", [True, False])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4])
+def test_unroll_equals_the_serial_recursion(tiny_checkpoint, num_steps, mask_position_0):
+    layer, reference = load_layer(tiny_checkpoint), Reference(tiny_checkpoint)
+    ids, hidden, cu = packed(layer, LENGTHS)
+    with torch.no_grad():
+        states = unroll(layer, ids, hidden, cu, num_steps, mask_position_0)
+    assert states.shape == (num_steps, len(ids), layer.dims.hidden_size)
+    compared = 0
+    for a, b in itertools.pairwise(cu.tolist()):
+        carried = reference.start(ids[a:b], hidden[a:b], mask_position_0)
+        for place in range(b - a - 2):
+            steps = min(num_steps, b - a - 2 - place)
+            serial = reference.draft_from(ids[a:b], carried, place, steps)
+            torch.testing.assert_close(states[:steps, a + place], serial, rtol=1e-5, atol=1e-5)
+            compared += steps
+    assert compared == int(defined(LENGTHS, num_steps).sum())
+
+
+def gradients(layer, states, rows, hidden):
+    generator = torch.Generator().manual_seed(3)
+    weights = torch.randn(states[rows].shape, generator=generator).to(states.device)
+    parameters = {name: p for name, p in layer.named_parameters() if "indexer" not in name}
+    found = torch.autograd.grad((states[rows] * weights).sum(), [hidden, *parameters.values()])
+    return dict(zip(["hidden", *parameters], found, strict=True))
+
+
+def relative_error(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("chosen", ["all", "some"])
+def test_documents_form_and_its_gradients_equal_the_plain_form(tiny_checkpoint, chosen):
+    layer = load_layer(tiny_checkpoint)
+    ids, hidden, cu = packed(layer, (9, 2, 1, 14, 5))
+    hidden.requires_grad_()
+    num_steps = 3
+    rows = defined((9, 2, 1, 14, 5), num_steps)
+    plain = unroll(layer, ids, hidden, cu, num_steps, attention="whole")
+    if chosen == "all":
+        fast = unroll(layer, ids, hidden, cu, num_steps, attention="documents")
+    else:
+        # anchors of two documents, none in the first: the rest of the rows is not computed
+        anchors = torch.tensor([13, 14, 19, 27])
+        fast = torch.zeros_like(plain)
+        fast[:, anchors] = unroll(layer, ids, hidden, cu, num_steps, anchors=anchors)
+        rows &= torch.isin(torch.arange(len(ids)), anchors)
+    torch.testing.assert_close(fast[rows], plain[rows], rtol=1e-5, atol=1e-5)
+    expected = gradients(layer, plain, rows, hidden)
+    for name, grad in gradients(layer, fast, rows, hidden).items():
+        assert relative_error(grad, expected[name]) < 1e-5, name
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_blocks_form_equals_the_plain_form(tiny_checkpoint):
+    layer = load_layer(tiny_checkpoint)
+    ids, hidden, cu = packed(layer, (70, 130, 33))
+    anchors = torch.arange(40, 200, 3)
+    with torch.no_grad():
+        plain = unroll(layer, ids, hidden, cu, 3, anchors=anchors, attention="whole")
+        blocks = unroll(layer, ids, hidden, cu, 3, anchors=anchors, attention="blocks")
+    rows = defined((70, 130, 33), 3)[:, anchors]
+    torch.testing.assert_close(blocks[rows], plain[rows], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flex attention has no backward on CPU")
+def test_blocks_form_and_its_gradients_equal_the_plain_form_on_cuda(tiny_checkpoint):
+    layer = load_layer(tiny_checkpoint, device="cuda")
+    ids, hidden, cu = (x.cuda() for x in packed(layer, (70, 130, 33)))
+    hidden.requires_grad_()
+    rows = defined((70, 130, 33), 3).cuda()
+    plain = unroll(layer, ids, hidden, cu, 3, attention="whole")
+    blocks = unroll(layer, ids, hidden, cu, 3, attention="blocks")
+    assert relative_error(blocks[rows], plain[rows]) < 1e-3
+    expected = gradients(layer, plain, rows, hidden)
+    for name, grad in gradients(layer, blocks, rows, hidden).items():
+        assert relative_error(grad, expected[name]) < 1e-2, name
+
+
+def test_undefined_rows_never_reach_defined_ones(tiny_checkpoint):
+    layer = load_layer(tiny_checkpoint)
+    ids, hidden, cu = packed(layer, LENGTHS)
+    other = hidden.clone()
+    # the state of a document's last token is joined with no token of its own
+    other[cu[1:].long() - 1] = 1e4
+    rows = defined(LENGTHS, 4)
+    with torch.no_grad():
+        a, b = unroll(layer, ids, hidden, cu, 4), unroll(layer, ids, other, cu, 4)
+    torch.testing.assert_close(a[rows], b[rows], rtol=1e-5, atol=1e-5)
+
+
+def test_select_applies_the_mask_to_the_predicted_token():
+    #                     document 0          document 1 (too short)  document 2
+    mask = torch.tensor([0, 0, 0, 1, 1, 0] + [1, 1] + [1, 1, 1, 0, 1], dtype=torch.bool)
+    cu = torch.tensor([0, 6, 8, 13], dtype=torch.int32)
+    scored = select(mask, cu, 2)
+    # token 3: anchor 1 at step 0, anchor 0 at step 1; a document's tokens 0 and 1 are never predicted
+    pairs = list(zip(scored.step.tolist(), scored.anchors[scored.place].tolist(), strict=True))
+    assert pairs == [(0, 1), (0, 2), (0, 8), (0, 10), (1, 0), (1, 1), (1, 9)]
+    assert scored.counts.tolist() == [4, 3]
+    assert mask[scored.token()].all()
+    assert (scored.token() == scored.anchors[scored.place] + scored.step + 2).all()
+    assert (scored.teacher() == scored.token() - 1).all()
+    nothing = select(torch.zeros(13, dtype=torch.bool), cu, 2)
+    assert len(nothing.anchors) == len(nothing.step) == 0
