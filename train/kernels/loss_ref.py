@@ -1,0 +1,127 @@
+"""The losses of one predicted token against the target's distribution, in plain torch, two ways.
+
+`head_loss_reference` holds all logits and leaves the gradients to autograd: the slow reference.
+`loss_rows` writes the gradient of a chunk of logits over the logits themselves: the torch backend.
+
+Legend: T tokens, C tokens of a chunk, D width, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["ALPHA_MIN", "ETA", "head_loss_reference", "loss_rows"]
+
+ETA = 3.0
+"""eta of lk_lambda."""
+ALPHA_MIN = 1e-20
+"""Overlap below which -log(overlap) is cut off, and its gradient zero."""
+
+
+def head_loss_reference(
+    student_TD: Tensor,
+    teacher_TD: Tensor,
+    head_VD: Tensor,
+    loss: str = "kl",
+    weights_T: Tensor | None = None,
+    targets_T: Tensor | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All logits at once; arguments as `train.loss.head_loss` takes them, two-dimensional student only.
+
+    Returns:
+        loss (scalar), agree bool [T], overlap [T] and the loss of each token [T]; differentiable in all inputs.
+    """
+    wide = torch.promote_types(student_TD.dtype, torch.float32)
+    s = F.linear(student_TD, head_VD).to(wide) / temperature
+    t = F.linear(teacher_TD, head_VD).to(wide) / temperature
+    log_p, log_q = t.log_softmax(-1), s.log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    alpha = torch.minimum(p, q).sum(-1)
+    kl = (p * (log_p - log_q)).sum(-1)
+    if loss == "kl":
+        rows = kl
+    elif loss == "ce":
+        assert targets_T is not None
+        rows = -log_q.gather(1, targets_T[:, None])[:, 0]
+    elif loss == "tv":
+        rows = 1 - alpha
+    elif loss == "lk_alpha":
+        rows = -alpha.clamp_min(ALPHA_MIN).log()
+    elif loss == "lk_lambda":
+        mix = (-ETA * alpha.detach()).exp()
+        rows = mix * kl + (1 - mix) * (1 - alpha)
+    else:
+        raise ValueError(loss)
+    total = rows.sum() if weights_T is None else (rows * weights_T).sum()
+    return total, s.argmax(-1) == t.argmax(-1), alpha.detach(), rows.detach()
+
+
+def loss_rows(
+    s_CV: Tensor,
+    t_CV: Tensor,
+    loss: str,
+    weight_C: Tensor,
+    target_C: Tensor | None,
+    temperature: float,
+    per_token_C: Tensor,
+    agree_C: Tensor,
+    overlap_C: Tensor,
+    backward: bool,
+) -> None:
+    """Losses of a chunk; with `backward`, s_CV becomes the gradient of the weighted sum by its logits.
+
+    Args:
+        s_CV: logits of the student, overwritten.
+        t_CV: logits of the teacher; kept.
+        loss: name of the loss.
+        weight_C: weight of each row; a row of weight 0 gets a gradient of exact zeros whatever it holds.
+        target_C: int64, the token of each row, for `ce`.
+        temperature: divides both logits.
+        per_token_C, agree_C, overlap_C: filled in: unweighted loss, equal arg-max, sum of min(p, q).
+        backward: whether to form the gradient.
+    """
+    torch.eq(s_CV.argmax(-1), t_CV.argmax(-1), out=agree_C)
+    wide = per_token_C.dtype
+    s, t = s_CV.to(wide), t_CV.to(wide)
+    if temperature != 1:
+        s, t = s / temperature, t / temperature
+    log_q, log_p = s.log_softmax(-1), t.log_softmax(-1)
+    q, p = log_q.exp(), log_p.exp()
+    torch.sum(torch.minimum(p, q), -1, out=overlap_C)
+    if loss == "ce":
+        assert target_C is not None
+        token_C1 = target_C.clamp(0, s.shape[1] - 1)[:, None]
+        per_token_C.copy_(log_q.gather(1, token_C1)[:, 0].neg_())
+    if loss in ("kl", "lk_lambda"):
+        torch.linalg.vecdot(p, log_p.sub_(log_q), out=per_token_C)
+    if loss == "lk_lambda":
+        mix_C = overlap_C.mul(-ETA).exp_()
+        per_token_C.mul_(mix_C).add_((1 - mix_C) * (1 - overlap_C))
+    elif loss == "lk_alpha":
+        torch.neg(overlap_C.clamp_min(ALPHA_MIN).log_(), out=per_token_C)
+    elif loss == "tv":
+        torch.sub(1, overlap_C, out=per_token_C)
+    if not backward:
+        return
+    # by the logits: of kl, q - p; of ce, q - onehot; of the overlap, q (m - M), with m = 1 where q < p (1/2
+    # where equal: the subgradient of torch.minimum) and M = sum of q m
+    weight_C1 = (weight_C / temperature)[:, None]
+    if loss == "ce":
+        q.scatter_add_(1, token_C1, q.new_full(token_C1.shape, -1.0))
+    elif loss == "kl":
+        q.sub_(p)
+    else:
+        m = (torch.sign(p - q) + 1).mul_(0.5)
+        toward = m.sub_(torch.linalg.vecdot(q, m)[:, None]).mul_(q)
+        if loss == "tv":
+            q = toward.neg_()
+        elif loss == "lk_alpha":
+            seen = overlap_C > ALPHA_MIN
+            q = toward.mul_(torch.where(seen, -1 / overlap_C.clamp_min(ALPHA_MIN), 0)[:, None])
+        else:
+            q = q.sub_(p).mul_(mix_C[:, None]).sub_(toward.mul_((1 - mix_C)[:, None]))
+    torch.mul(q, weight_C1, out=s_CV if s_CV.dtype == q.dtype else q)
+    if s_CV.dtype != q.dtype:
+        s_CV.copy_(q)
+    s_CV.masked_fill_(weight_C1 == 0, 0)

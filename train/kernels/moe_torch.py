@@ -1,0 +1,161 @@
+"""The experts in plain torch operators: matrix products expert by expert, or through `grouped_mm`.
+
+Rows are sorted by expert once; everything that is not a matrix product works on all rows together.
+
+Legend: T tokens, D model width, F expert width, E experts, K experts a token, N = T * K sorted rows.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from train.kernels.moe import Routing
+
+__all__ = ["Grouped", "Loop"]
+
+
+def gather_sum(rows_ND: Tensor, inverse_N: Tensor, topk: int) -> Tensor:
+    """Sum of the K rows of each token, [T, D], added in float32 and in the order of the slots."""
+    return F.embedding_bag(inverse_N.view(-1, topk), rows_ND, mode="sum")
+
+
+class Experts:
+    """Forward and backward in terms of three products over the sorted rows of each expert.
+
+    multiply_nt(a [N, k], w [E, m, k]) -> a w[e]^T  [N, m]
+    multiply_nn(a [N, m], w [E, m, k]) -> a w[e]    [N, k]
+    multiply_tn(a [N, m], b [N, k])    -> a^T b     [E, m, k], zeros where an expert has no rows
+    """
+
+    def __init__(self, routing: "Routing") -> None:
+        self.routing = routing
+
+    def multiply_nt(self, a: Tensor, w: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def multiply_nn(self, a: Tensor, w: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def multiply_tn(self, a: Tensor, b: Tensor, accumulate: Tensor | None) -> Tensor | None:
+        raise NotImplementedError
+
+    @classmethod
+    def forward(
+        cls, x: Tensor, topk_weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, routing: "Routing"
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """y [T, D], and gate and up products [N, F] for the backward."""
+        self = cls(routing)
+        T, K = topk_weights.shape
+        x_ND = x.index_select(0, routing.token)
+        g_NF, u_NF = self.multiply_nt(x_ND, w1), self.multiply_nt(x_ND, w3)
+        # the router weight goes in before the down projection: F is narrower than D, and what is left is a sum
+        weight_N1 = topk_weights.reshape(-1).index_select(0, routing.order)[:, None]
+        h_NF = (F.silu(g_NF) * u_NF).mul_(weight_N1.to(x.dtype))
+        y_ND = self.multiply_nt(h_NF, w2)
+        if not T * K:
+            return torch.zeros_like(x), g_NF, u_NF
+        return gather_sum(y_ND, routing.inverse, K), g_NF, u_NF
+
+    @classmethod
+    def backward(
+        cls,
+        dy: Tensor,
+        x: Tensor,
+        topk_weights: Tensor,
+        w1: Tensor,
+        w3: Tensor,
+        w2: Tensor,
+        g_NF: Tensor,
+        u_NF: Tensor,
+        routing: "Routing",
+        need: tuple[bool, ...],
+        main_grads: tuple[Tensor, Tensor, Tensor] | None,
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of x, topk_weights, w1, w3, w2; None where not needed."""
+        self = cls(routing)
+        need_x, need_weights, need_w1, need_w3, need_w2 = need
+        K = topk_weights.shape[1]
+        a1, a3, a2 = main_grads or (None, None, None)
+        dx = dweights = dw1 = dw3 = dw2 = None
+        wide = topk_weights.dtype
+        weight_N1 = topk_weights.reshape(-1).index_select(0, routing.order)[:, None].to(x.dtype)
+        dy_ND = dy.index_select(0, routing.token)
+        silu_NF = F.silu(g_NF)
+        h_NF = silu_NF * u_NF
+        # gradient of the expert's own output is weight * dy; the weight is taken out of the product
+        dh_NF = self.multiply_nn(dy_ND, w2)
+        if need_weights:
+            dweight_N = torch.linalg.vecdot(dh_NF.to(wide), h_NF.to(wide))
+            dweights = dweight_N.index_select(0, routing.inverse).view(-1, K)
+        if need_w2:
+            dw2 = self.multiply_tn(dy_ND, h_NF.mul_(weight_N1), a2)
+        if need_x or need_w1 or need_w3:
+            dh_NF.mul_(weight_N1)
+            du_NF = silu_NF.mul_(dh_NF)
+            dg_NF = torch.ops.aten.silu_backward(dh_NF.mul_(u_NF), g_NF)
+            if need_x:
+                dx_ND = self.multiply_nn(dg_NF, w1).add_(self.multiply_nn(du_NF, w3))
+                dx = gather_sum(dx_ND, routing.inverse, K) if len(dx_ND) else torch.zeros_like(x)
+            if need_w1 or need_w3:
+                x_ND = x.index_select(0, routing.token)
+                dw1 = self.multiply_tn(dg_NF, x_ND, a1) if need_w1 else None
+                dw3 = self.multiply_tn(du_NF, x_ND, a3) if need_w3 else None
+        return dx, dweights, dw1, dw3, dw2
+
+
+class Loop(Experts):
+    """One matrix product for each expert that has rows; written straight into the stacked result."""
+
+    def __init__(self, routing: "Routing") -> None:
+        super().__init__(routing)
+        bounds = routing.offsets.tolist()
+        self.spans = [(e, a, b) for e, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)) if b > a]
+        self.complete = len(self.spans) == len(bounds) - 1
+
+    def multiply_nt(self, a: Tensor, w: Tensor) -> Tensor:
+        out = a.new_empty(len(a), w.shape[1])
+        for e, i, j in self.spans:
+            torch.mm(a[i:j], w[e].t(), out=out[i:j])
+        return out
+
+    def multiply_nn(self, a: Tensor, w: Tensor) -> Tensor:
+        out = a.new_empty(len(a), w.shape[2])
+        for e, i, j in self.spans:
+            torch.mm(a[i:j], w[e], out=out[i:j])
+        return out
+
+    def multiply_tn(self, a: Tensor, b: Tensor, accumulate: Tensor | None) -> Tensor | None:
+        E = len(self.routing.offsets) - 1
+        if accumulate is not None:
+            for e, i, j in self.spans:
+                accumulate[e].addmm_(a[i:j].t().float(), b[i:j].float())
+            return None
+        make = a.new_empty if self.complete else a.new_zeros
+        out = make(E, a.shape[1], b.shape[1])
+        for e, i, j in self.spans:
+            torch.mm(a[i:j].t(), b[i:j], out=out[e])
+        return out
+
+
+class Grouped(Experts):
+    """`torch.nn.functional.grouped_mm`; no host synchronisation."""
+
+    def __init__(self, routing: "Routing") -> None:
+        super().__init__(routing)
+        self.ends = routing.offsets[1:].int()
+
+    def multiply_nt(self, a: Tensor, w: Tensor) -> Tensor:
+        return F.grouped_mm(a, w.transpose(1, 2), offs=self.ends)
+
+    def multiply_nn(self, a: Tensor, w: Tensor) -> Tensor:
+        return F.grouped_mm(a, w, offs=self.ends)
+
+    def multiply_tn(self, a: Tensor, b: Tensor, accumulate: Tensor | None) -> Tensor | None:
+        product = F.grouped_mm(a.t(), b, offs=self.ends)
+        if accumulate is None:
+            return product
+        accumulate.add_(product)
+        return None
