@@ -1,7 +1,8 @@
 """Where training checkpoints lie and which of them are whole; reads names and sizes, never a tensor.
 
 RUN/checkpoints/
-  latest, best         name of a checkpoint, one line, replaced by rename
+  latest               name of the newest checkpoint, one line, replaced by rename
+  best.json            {"format": 1, "checkpoint": name, "acceptance_length"} by offline acceptance
   step_000200/
     COMMIT.json        written last: {"format": 1, "files": {name: bytes}}
     layer61.json       {"format": 1, "step", "ranks", "contract", "loader", "metrics", "settings"}
@@ -16,9 +17,22 @@ from typing import Any
 from configs.errors import InputError
 from configs.files import read_json
 
-__all__ = ["COMMIT", "META", "committed", "directory", "locate", "read_meta", "tag"]
+__all__ = [
+    "BEST",
+    "COMMIT",
+    "LATEST",
+    "META",
+    "committed",
+    "directory",
+    "locate",
+    "read_best",
+    "read_meta",
+    "tag",
+]
 
+BEST = "best.json"
 COMMIT = "COMMIT.json"
+LATEST = "latest"
 META = "layer61.json"
 TAG = re.compile(r"^step_(\d{6,})$")
 
@@ -64,7 +78,7 @@ def locate(run_dir: Path, which: str) -> Path:
         path = Path(which)
         if not _is_whole(path):
             raise InputError(
-                f"{path} is not a whole checkpoint of this program: {COMMIT} is missing or does not fit the files",
+                f"{path} is not a whole checkpoint: {COMMIT} is missing or does not fit the files",
                 "name a directory like RUN/checkpoints/step_000200, or use best or last",
             )
         return path
@@ -74,12 +88,17 @@ def locate(run_dir: Path, which: str) -> Path:
             f"{directory(run_dir)} holds no whole checkpoint",
             f"run layer61 train first, with run.dir={run_dir}",
         )
-    marker = directory(run_dir) / "best"
-    if which == "best" and marker.is_file():
-        named = [p for p in whole if p.name == marker.read_text(encoding="utf-8").strip()]
-        if named:
-            return named[0]
-    return whole[-1]
+    best = read_best(run_dir) if which == "best" else None
+    return next((p for p in whole if best and p.name == best["checkpoint"]), whole[-1])
+
+
+def read_best(run_dir: Path) -> dict[str, Any] | None:
+    """`best.json` of a run; None where no checkpoint was evaluated yet."""
+    try:
+        best = read_json(directory(run_dir) / BEST)
+    except (OSError, ValueError):
+        return None
+    return best if isinstance(best, dict) and "checkpoint" in best else None
 
 
 def read_meta(path: Path) -> dict[str, Any]:

@@ -18,13 +18,14 @@ so that one pass over all anchors gives what the server computes one anchor at a
 Only anchors whose predictions are wanted need queries, feed-forward and head; every place before an anchor
 needs keys. `select` finds the anchors of a loss mask.
 
-Legend: T tokens of all documents, A anchors, B documents, D hidden_size, H heads, Q query width, C value width,
-S steps, N scored rows.
+Legend: T tokens of all documents, A anchors, B documents, D hidden_size, H heads, Q query width,
+C value width, S steps, N scored rows.
 """
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,8 +79,8 @@ def select(loss_mask: Tensor, cu_seqlens: Tensor, num_steps: int) -> Scored:
         num_steps: draft steps S.
 
     Returns:
-        The rows; an anchor's step s counts iff token i+s+2 is masked in and lies in the same document, so that
-        a document shorter than s+3 tokens has none.
+        The rows; an anchor's step s counts iff token i+s+2 is masked in and lies in the same document, so
+        that a document shorter than s+3 tokens has none.
     """
     T = len(loss_mask)
     row = torch.arange(T, device=loss_mask.device)
@@ -159,7 +160,7 @@ def _whole(anchors: Tensor, cu_seqlens: Tensor, num_tokens: int, scale: float) -
 
 
 @functools.cache
-def _flex(device_type: str) -> Callable[..., tuple[Tensor, AuxRequest]]:
+def _flex(device_type: str) -> Callable[..., Any]:
     # eager flex attention materialises every score; only the compiled kernel is worth having
     return torch.compile(flex_attention, dynamic=True) if device_type == "cuda" else flex_attention
 
@@ -183,7 +184,10 @@ def _by_blocks(anchors: Tensor, cu_seqlens: Tensor, num_tokens: int, scale: floa
             return o_AHC
         lse_AH = [aux.lse[0].transpose(0, 1)] + [(q * dk).sum(-1).float() * scale for dk, _ in diagonal]
         weights = torch.stack(lse_AH).softmax(0).to(v.dtype)[..., None]
-        return sum((w * dv for w, (_, dv) in zip(weights[1:], diagonal, strict=True)), weights[0] * o_AHC)
+        o_AHC = weights[0] * o_AHC
+        for w, (_, dv) in zip(weights[1:], diagonal, strict=True):
+            o_AHC = o_AHC + w * dv
+        return o_AHC
 
     return attend
 
@@ -244,7 +248,7 @@ def unroll(
     all_rows = len(anchors) == T
     x_AD, q_AHQ = (x_TD, q_THQ) if all_rows else (x_TD[anchors], q_THQ[anchors])
     diagonal: list[tuple[Tensor, Tensor]] = []
-    states = []
+    states: list[Tensor] = []
     for s in range(num_steps):
         if s:
             x_AD = layer.combine(tokens(anchors, s), states[-1])
