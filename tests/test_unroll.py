@@ -123,12 +123,16 @@ def test_select_applies_the_mask_to_the_predicted_token():
     mask = torch.tensor([0, 0, 0, 1, 1, 0] + [1, 1] + [1, 1, 1, 0, 1], dtype=torch.bool)
     cu = torch.tensor([0, 6, 8, 13], dtype=torch.int32)
     scored = select(mask, cu, 2)
-    # token 3: anchor 1 at step 0, anchor 0 at step 1; a document's tokens 0 and 1 are never predicted
-    pairs = list(zip(scored.step.tolist(), scored.anchors[scored.place].tolist(), strict=True))
-    assert pairs == [(0, 1), (0, 2), (0, 8), (0, 10), (1, 0), (1, 1), (1, 9)]
-    assert scored.counts.tolist() == [4, 3]
-    assert mask[scored.token()].all()
-    assert (scored.token() == scored.anchors[scored.place] + scored.step + 2).all()
-    assert (scored.teacher() == scored.token() - 1).all()
+    # the first two tokens of a document are never predicted, its third one by step 0 only
+    assert scored.tokens.tolist() == [3, 4, 10, 12]
+    assert scored.valid.tolist() == [[True] * 4, [True, True, False, True]]
+    anchors = scored.anchors[scored.place]
+    assert anchors[0].tolist() == [1, 2, 8, 10]
+    assert anchors[1][scored.valid[1]].tolist() == [0, 1, 9]
+    assert scored.anchors.tolist() == [0, 1, 2, 8, 9, 10]
+    assert scored.teacher.tolist() == [2, 3, 9, 11]
+    states = torch.arange(12.0).view(2, 6, 1)
+    assert scored.students(states)[0, :, 0].tolist() == [1, 2, 3, 5]
+    assert scored.students(states)[1, :, 0][scored.valid[1]].tolist() == [6, 7, 10]
     nothing = select(torch.zeros(13, dtype=torch.bool), cu, 2)
-    assert len(nothing.anchors) == len(nothing.step) == 0
+    assert len(nothing.anchors) == len(nothing.tokens) == 0

@@ -19,7 +19,7 @@ Only anchors whose predictions are wanted need queries, feed-forward and head; e
 needs keys. `select` finds the anchors of a loss mask.
 
 Legend: T tokens of all documents, A anchors, B documents, D hidden_size, H heads, Q query width,
-C value width, S steps, N scored rows.
+C value width, S steps, M predicted tokens.
 """
 
 import functools
@@ -41,55 +41,56 @@ Attend = Callable[[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]], Tensor]
 
 @dataclass(frozen=True)
 class Scored:
-    """The rows of an unroll that predict a wanted token; every tensor int64.
+    """The predictions of an unroll that count: students of all steps beside the one teacher they share.
 
     Attributes:
-        anchors: rows of the packed batch to unroll, ascending [A].
-        step: step of each scored row [N], ascending.
-        place: index into `anchors` of each scored row [N].
-        counts: scored rows of each step [S].
+        anchors: rows of the packed batch to unroll, ascending int64 [A].
+        tokens: rows of the predicted tokens, ascending int64 [M].
+        place: index into `anchors` of the anchor that predicts a token at a step, int64 [S, M].
+        valid: bool [S, M]; False where that anchor would lie before the document, and `place` means nothing.
     """
 
     anchors: Tensor
-    step: Tensor
+    tokens: Tensor
     place: Tensor
-    counts: Tensor
+    valid: Tensor
 
+    @property
     def teacher(self) -> Tensor:
-        """Row whose stored state gives the target's distribution of the predicted token, [N]."""
-        return self.anchors[self.place] + self.step + 1
+        """Rows whose stored states give the target's distribution of `tokens`, [M]."""
+        return self.tokens - 1
 
-    def token(self) -> Tensor:
-        """Row of the predicted token, [N]."""
-        return self.teacher() + 1
+    def students(self, states_SAD: Tensor) -> Tensor:
+        """Gather the predicting states, [S, M, D]."""
+        steps = torch.arange(len(states_SAD), device=states_SAD.device)[:, None]
+        return states_SAD[steps, self.place]
 
 
-def _ends(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """Where the document of each row ends, int64 [T]."""
-    cu = cu_seqlens.long()
-    return torch.repeat_interleave(cu[1:], cu.diff(), output_size=num_tokens)
+def _per_row(values_B: Tensor, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """A value of each document, repeated for its rows, [T]."""
+    return torch.repeat_interleave(values_B.long(), cu_seqlens.diff(), output_size=num_tokens)
 
 
 def select(loss_mask: Tensor, cu_seqlens: Tensor, num_steps: int) -> Scored:
-    """Find the anchors that predict a masked-in token at some step, and those predictions.
+    """Find the masked-in tokens that some step of some anchor predicts, and those anchors.
+
+    Anchor i predicts token i+s+2 at step s: a document's first two tokens are never predicted, and a document
+    of fewer than s+3 tokens has no anchor at step s.
 
     Args:
         loss_mask: bool [T]; True where the token itself is wanted as a prediction.
         cu_seqlens: document boundaries, int32 [B+1].
         num_steps: draft steps S.
-
-    Returns:
-        The rows; an anchor's step s counts iff token i+s+2 is masked in and lies in the same document, so
-        that a document shorter than s+3 tokens has none.
     """
     T = len(loss_mask)
+    starts_T = _per_row(cu_seqlens[:-1], cu_seqlens, T)
     row = torch.arange(T, device=loss_mask.device)
-    token_ST = row + torch.arange(2, num_steps + 2, device=row.device)[:, None]
-    inside_ST = token_ST < _ends(cu_seqlens, T)
-    wanted_ST = inside_ST & loss_mask[token_ST.clamp(max=max(T - 1, 0))]
-    anchors = wanted_ST.any(0).nonzero().flatten()
-    step, place = wanted_ST[:, anchors].nonzero(as_tuple=True)
-    return Scored(anchors, step, place, wanted_ST.sum(1))
+    tokens = (loss_mask & (row >= starts_T + 2)).nonzero().flatten()
+    anchors_SM = tokens - torch.arange(2, num_steps + 2, device=row.device)[:, None]
+    valid = anchors_SM >= starts_T[tokens]
+    anchors = anchors_SM[valid].unique()
+    place = torch.searchsorted(anchors, anchors_SM).clamp(max=max(len(anchors) - 1, 0))
+    return Scored(anchors, tokens, place, valid)
 
 
 def attend_dense(
@@ -153,22 +154,22 @@ def _by_document(anchors: Tensor, cu_seqlens: Tensor, scale: float) -> Attend:
 
 def _whole(anchors: Tensor, cu_seqlens: Tensor, num_tokens: int, scale: float) -> Attend:
     """`attend_dense` over the whole batch at once, [A, T] in memory: the reference."""
-    ends = _ends(cu_seqlens, num_tokens)
+    starts = _per_row(cu_seqlens[:-1], cu_seqlens, num_tokens)
     row = torch.arange(num_tokens, device=anchors.device)
-    visible = (row <= anchors[:, None]) & (ends == ends[anchors][:, None])
+    visible = (row <= anchors[:, None]) & (row >= starts[anchors][:, None])
     return functools.partial(attend_dense, visible_AT=visible, scale=scale)
 
 
 @functools.cache
 def _flex(device_type: str) -> Callable[..., Any]:
     # eager flex attention materialises every score; only the compiled kernel is worth having
-    return torch.compile(flex_attention, dynamic=True) if device_type == "cuda" else flex_attention
+    kernel: Any = flex_attention
+    return torch.compile(kernel, dynamic=True) if device_type == "cuda" else kernel
 
 
 def _by_blocks(anchors: Tensor, cu_seqlens: Tensor, num_tokens: int, scale: float) -> Attend:
     """One fused kernel for step 0's keys; the diagonal joins through the log-sum-exp, in linear memory."""
-    cu = cu_seqlens.long()
-    starts = torch.repeat_interleave(cu[:-1], cu.diff(), output_size=num_tokens)[anchors]
+    starts = _per_row(cu_seqlens[:-1], cu_seqlens, num_tokens)[anchors]
 
     def visible(batch: Tensor, head: Tensor, a: Tensor, j: Tensor) -> Tensor:
         return (j >= starts[a]) & (j <= anchors[a])
@@ -223,11 +224,10 @@ def unroll(
     Source: vLLM 0.32.0 `v1/spec_decode` proposing with an MTP layer; arXiv 2503.01840 trains EAGLE-3 so.
     """
     T = len(input_ids)
-    cu = cu_seqlens.long()
-    positions = torch.arange(T, device=input_ids.device)
-    positions = positions - torch.repeat_interleave(cu[:-1], cu.diff(), output_size=T)
+    every = torch.arange(T, device=input_ids.device)
+    positions = every - _per_row(cu_seqlens[:-1], cu_seqlens, T)
     if anchors is None:
-        anchors = torch.arange(T, device=input_ids.device)
+        anchors = every
     scale = layer.dims.softmax_scale
     if attention is None:
         attention = "blocks" if input_ids.device.type == "cuda" else "documents"
@@ -242,7 +242,6 @@ def unroll(
         return input_ids[(rows + s + 1).clamp(max=T - 1)]
 
     # step 0: keys of every place, the rest for anchors alone
-    every = torch.arange(T, device=input_ids.device)
     x_TD = layer.combine(tokens(every, 0), hidden, positions == 0 if mask_position_0 else None)
     q_THQ, k_THQ, v_THC = layer.self_attn.project(layer.input_layernorm(x_TD), positions)
     all_rows = len(anchors) == T
