@@ -1,0 +1,410 @@
+"""Publishing: immutable manifest versions over immutable parts, and the index derived from them.
+
+A manifest names the parts a reader may see, with the sizes and checksums that everything below is checked
+against. Adding, dropping and merging parts writes the next version; no data is rewritten. Two publishers at
+once are safe: a version is created once, and who comes second starts again from what the first one wrote.
+"""
+
+import os
+import re
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from crc32c import crc32c
+
+from configs.contract import require_same
+from configs.errors import StoreCorruptError, StoreError, StoreNotFoundError
+from featurestore.layout import (
+    CRC_BYTES,
+    INDEX_FIELDS,
+    SCHEMA,
+    VERIFY_HINT,
+    array_metadata,
+    dump_json,
+    group_metadata,
+    object_path,
+    seal,
+    unseal,
+    unseal_group,
+)
+from featurestore.objects import Objects, open_objects
+from featurestore.writer import committed_parts, read_root
+
+__all__ = [
+    "collect",
+    "drop",
+    "manifest_versions",
+    "merge",
+    "publish",
+    "read_index",
+    "read_manifest",
+    "rebuild",
+    "require_root",
+]
+
+Index = dict[str, np.ndarray]
+
+LEFTOVER_SECONDS = 24 * 3600
+
+
+def require_root(objects: Objects) -> dict[str, Any]:
+    """The store's root record, or StoreNotFoundError."""
+    root = read_root(objects)
+    if root is None:
+        raise StoreNotFoundError(
+            f"{objects.url} is not a feature store: it has no zarr.json", "`layer61 dump` makes a store"
+        )
+    return root
+
+
+def manifest_name(version: int) -> str:
+    return f"manifest/v{version:06d}.json"
+
+
+def manifest_versions(objects: Objects) -> list[int]:
+    """Versions published, ascending."""
+    names = (re.fullmatch(r"manifest/v(\d+)\.json", name) for name, _ in objects.entries("manifest"))
+    return sorted(int(match[1]) for match in names if match)
+
+
+def read_manifest(objects: Objects, version: int | None = None) -> dict[str, Any]:
+    """A manifest, the newest by default.
+
+    Raises:
+        StoreNotFoundError: nothing is published, or not that version.
+        StoreCorruptError: it fails its checksum.
+    """
+    if version is None:
+        versions = manifest_versions(objects)
+        if not versions:
+            raise StoreNotFoundError(
+                f"{objects.url} has no published manifest", "publish it: `layer61 dump` does so at its end"
+            )
+        version = versions[-1]
+    try:
+        data = objects.read(manifest_name(version))
+    except FileNotFoundError:
+        raise StoreNotFoundError(f"{objects.url} has no manifest version {version}") from None
+    return unseal(data, manifest_name(version), objects.url)
+
+
+def checked_object(objects: Objects, name: str, entry: dict[str, Any], what: str) -> bytes:
+    """A small object whose size and crc32c must be those of `entry`."""
+    try:
+        data = objects.read(name)
+    except FileNotFoundError:
+        raise StoreCorruptError(f"{what}: {name} is missing", VERIFY_HINT.format(objects.url)) from None
+    if len(data) != entry["bytes"] or f"{crc32c(data):08x}" != entry["crc32c"]:
+        raise StoreCorruptError(
+            f"{what}: {name} fails its checksum ({len(data)} bytes, {entry['bytes']} expected)",
+            VERIFY_HINT.format(objects.url),
+        )
+    return data
+
+
+def one_chunk(data: bytes, dtype: str) -> np.ndarray:
+    """The values of an array stored as one uncompressed chunk."""
+    return np.frombuffer(data, dtype, (len(data) - CRC_BYTES) // np.dtype(dtype).itemsize)
+
+
+# ------------------------------------------------------------------ index
+
+
+def read_index(objects: Objects, manifest: dict[str, Any]) -> Index:
+    """The index of a manifest as numpy arrays; StoreCorruptError if it is missing or altered."""
+    directory, entries = manifest["index"]["path"], manifest["index"]["objects"]
+    index = {}
+    for field, dtype in INDEX_FIELDS:
+        name = object_path(field)
+        data = checked_object(objects, f"{directory}/{name}", entries[name], f"index of {objects.url}")
+        index[field] = one_chunk(data, dtype)
+    return index
+
+
+def write_index(objects: Objects, version: int, index: Index) -> dict[str, Any]:
+    """Write the index arrays as one Zarr group; returns their place, sizes and checksums."""
+    arrays = {
+        field: array_metadata([len(index[field])], dtype, ["document"]) for field, dtype in INDEX_FIELDS
+    }
+    root = dump_json(group_metadata({"schema": SCHEMA}, arrays))
+    directory = f"index/v{version:06d}"
+    try:
+        objects.write(f"{directory}/zarr.json", root, create=True)
+    except FileExistsError:  # of a publisher that died or is about to lose; its index is left alone
+        directory += f".{os.urandom(4).hex()}"
+        objects.write(f"{directory}/zarr.json", root, create=True)
+    entries = {"zarr.json": {"bytes": len(root), "crc32c": f"{crc32c(root):08x}"}}
+    for field, dtype in INDEX_FIELDS:
+        data = index[field].astype(dtype, copy=False).tobytes()
+        data += crc32c(data).to_bytes(CRC_BYTES, "little")
+        for name, content in ((object_path(field), data), (f"{field}/zarr.json", dump_json(arrays[field]))):
+            stream = objects.stream(f"{directory}/{name}")
+            stream.write([content])
+            stream.close()
+            entries[name] = {"bytes": len(content), "crc32c": f"{crc32c(content):08x}"}
+    return {"path": directory, "objects": entries}
+
+
+def part_entry(objects: Objects, name: str, path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Manifest entry and sealed record of a committed part."""
+    try:
+        data = objects.read(f"{path}/zarr.json")
+    except FileNotFoundError:
+        raise StoreCorruptError(
+            f"part {name}: zarr.json is missing", VERIFY_HINT.format(objects.url)
+        ) from None
+    record = unseal_group(data, f"part {name}: zarr.json", objects.url)
+    sizes = record["objects"]
+    entry = {
+        "name": name,
+        "path": path,
+        "tokens": record["tokens"],
+        "documents": record["documents"],
+        "states": record["states"],
+        "hidden_size": record["hidden_size"],
+        "bytes": sum(o["bytes"] for o in sizes.values()) + len(data),
+        "compression": record["compression"],
+        "chunk_tokens": record["chunk_tokens"],
+        "hidden_bytes": sizes[object_path("hidden")]["bytes"] if sizes else 0,
+        "meta_crc32c": f"{crc32c(data):08x}",
+        "table_crc32c": sizes[object_path("chunk_crc32c")]["crc32c"] if sizes else "00000000",
+    }
+    return entry, record
+
+
+def part_rows(objects: Objects, path: str, record: dict[str, Any]) -> Index:
+    """The index rows of one part, all but `part`, with sources numbered as in the part."""
+    count = record["documents"]
+    if count == 0:
+        return {field: np.zeros(0, dtype) for field, dtype in INDEX_FIELDS}
+    what = f"part {record['name']}"
+    values = {}
+    for array, dtype in (("sample_offset", "<u8"), ("sample_uid", "<u8")):
+        name = object_path(array)
+        data = checked_object(objects, f"{path}/{name}", record["objects"][name], what)
+        values[array] = one_chunk(data, dtype)
+    held_out = np.zeros(count, np.uint8)
+    held_out[record["held_out"]] = 1
+    offset = values["sample_offset"]
+    return {
+        "uid": values["sample_uid"],
+        "start": offset[:-1],
+        "length": np.diff(offset).astype(np.uint32),
+        "n_loss": np.array(record["n_loss"], np.uint32),
+        "held_out": held_out,
+        "source": np.array(record["sample_source"], np.uint32),
+    }
+
+
+# ------------------------------------------------------------------ publishing
+
+
+def publish(path: str | os.PathLike[str] | Objects) -> dict[str, Any]:
+    """Make every committed part visible: write the next index and manifest version.
+
+    Returns:
+        The manifest now in force; the one that was, when nothing changed.
+
+    Raises:
+        StoreNotFoundError: not a store. ContractError, StoreError: a part does not belong to it.
+    """
+    return _publish(open_objects(path))
+
+
+def rebuild(path: str | os.PathLike[str] | Objects) -> dict[str, Any]:
+    """Publish a new version whose index is derived from the parts alone, whatever the old one says."""
+    return _publish(open_objects(path), rebuilt=True)
+
+
+def drop(path: str | os.PathLike[str] | Objects, parts: Iterable[str]) -> dict[str, Any]:
+    """Publish a version without the named parts; their data stays until `collect(dropped=True)`.
+
+    Raises:
+        StoreError: a name is not a part of the newest version.
+    """
+    objects, names = open_objects(path), set(parts)
+    unknown = names - {entry["name"] for entry in read_manifest(objects)["parts"]}
+    if unknown:
+        raise StoreError(
+            f"{objects.url} has no parts {', '.join(sorted(unknown))}", "see `layer61 store info`"
+        )
+    return _publish(objects, dropped=names)
+
+
+def merge(path: str | os.PathLike[str] | Objects, others: Iterable[str | os.PathLike[str]]) -> dict[str, Any]:
+    """Add the published parts of other stores with the same contract, then publish.
+
+    No data is rewritten: local parts are hard-linked (one file system), parts in the same bucket are copied
+    by the server. A part that is there already is skipped; of documents with one uid the first part wins.
+    """
+    objects = open_objects(path)
+    root = require_root(objects)
+    sources = [open_objects(other) for other in others]
+    for other in sources:
+        what = f"stores {objects.url} and {other.url}"
+        hint = "only stores of one contract can be merged"
+        require_same(require_root(other)["contract"], root["contract"], what, hint=hint)
+    for other in sources:
+        have = committed_parts(objects)
+        for entry in read_manifest(other)["parts"]:
+            if entry["name"] in have:
+                continue
+            staging = f"parts/{entry['name']}.{os.urandom(4).hex()}"
+            objects.copy_from(other, entry["path"], staging)
+            objects.commit(staging, f"parts/{entry['name']}")
+    return _publish(objects)
+
+
+def collect(
+    path: str | os.PathLike[str] | Objects,
+    *,
+    older_than_s: float = LEFTOVER_SECONDS,
+    dropped: bool = False,
+) -> list[str]:
+    """Remove what no reader can see; returns the paths removed.
+
+    Args:
+        path: the store.
+        older_than_s: leave leftovers of writers alone that changed more recently, in seconds.
+        dropped: also remove parts that were dropped; readers of older manifest versions lose them.
+    """
+    objects = open_objects(path)
+    require_root(objects)
+    committed = committed_parts(objects)
+    keep = {p.rsplit("/", 1)[-1] for p in committed.values()}
+    versions = manifest_versions(objects)
+    indexes = {read_manifest(objects, v)["index"]["path"].rsplit("/", 1)[-1] for v in versions}
+    before = time.time() - older_than_s
+    removed = []
+    for prefix, live in (("parts", keep), ("index", indexes)):
+        for directory in objects.directories(prefix):
+            name = f"{prefix}/{directory}"
+            if directory not in live and objects.modified(name) <= before:
+                objects.delete(name)
+                removed.append(name)
+    if dropped and versions:
+        for name in read_manifest(objects)["dropped"]:
+            if name in committed:
+                objects.delete(f"commits/{name}")
+                objects.delete(committed[name])
+                removed.append(committed[name])
+    return removed
+
+
+def _publish(
+    objects: Objects, *, dropped: Iterable[str] = (), gone: Iterable[str] = (), rebuilt: bool = False
+) -> dict[str, Any]:
+    """Write the next version: `dropped` parts stay committed but unseen, `gone` parts no longer exist."""
+    root = require_root(objects)
+    for _ in range(100):
+        result = _publish_once(objects, root, set(dropped), set(gone), rebuilt)
+        if result is not None:
+            return result
+    raise StoreError(f"{objects.url}: 100 other publishers came first", "publish from one process")
+
+
+def _publish_once(
+    objects: Objects, root: dict[str, Any], drop_now: set[str], gone: set[str], rebuilt: bool
+) -> dict[str, Any] | None:
+    versions = manifest_versions(objects)
+    old = _newest_readable(objects, versions, rebuilt)
+    dropped = set(old["dropped"]) | drop_now if old else drop_now
+    kept = [e for e in old["parts"] if e["name"] not in dropped | gone] if old else []
+    if rebuilt:
+        kept = []
+    found = committed_parts(objects, [e["name"] for e in kept])
+    new = {name: path for name, path in found.items() if name not in dropped}
+    whole = rebuilt or old is None or len(kept) < len(old["parts"])
+    if old and not new and not whole and dropped == set(old["dropped"]):
+        return old
+    with ThreadPoolExecutor(8) as pool:
+        added = list(pool.map(lambda item: part_entry(objects, *item), new.items()))
+        if rebuilt and old:  # keep the order, and with it which of two equal uids wins
+            place = {e["name"]: i for i, e in enumerate(old["parts"])}
+            added.sort(key=lambda item: place.get(item[0]["name"], len(place)))
+        for entry, record in added:
+            what = f"part {entry['name']} and store {objects.url}"
+            require_same(record["contract"], root["contract"], what, hint="remove that part from the store")
+        if whole and kept:
+            records = list(pool.map(lambda e: part_entry(objects, e["name"], e["path"])[1], kept))
+            rows_of = list(zip(kept, records, strict=True))
+        else:
+            rows_of = []
+        rows_of += added
+        rows = list(pool.map(lambda item: part_rows(objects, item[0]["path"], item[1]), rows_of))
+    parts = kept + [entry for entry, _ in added]
+    states, hidden_size = _common_shape(objects, parts)
+    if whole or old is None:
+        index, sources, first = None, [], 0
+    else:
+        index, sources, first = read_index(objects, old), list(old["sources"]), len(kept)
+    numbers = {name: i for i, name in enumerate(sources)}
+    pieces = [index] if index else []
+    for number, (row, (_, record)) in enumerate(zip(rows, rows_of, strict=True), start=first):
+        codes = [numbers.setdefault(name, len(numbers)) for name in record["sources"]]
+        row["source"] = np.array(codes, np.uint32)[row["source"]] if codes else row["source"]
+        row["part"] = np.full(len(row["uid"]), number, np.uint32)
+        pieces.append(row)
+    joined = {
+        field: np.concatenate([np.zeros(0, dtype)] + [p[field].astype(dtype, copy=False) for p in pieces])
+        for field, dtype in INDEX_FIELDS
+    }
+    _, first_rows = np.unique(joined["uid"], return_index=True)  # the first part wins
+    keep = np.sort(first_rows)
+    joined = {field: values[keep] for field, values in joined.items()}
+    version = versions[-1] + 1 if versions else 1
+    manifest = seal(
+        {
+            "schema": SCHEMA,
+            "version": version,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "contract": root["contract"],
+            "states": states,
+            "hidden_size": hidden_size,
+            "totals": {
+                "parts": len(parts),
+                "documents": len(keep),
+                "tokens": int(joined["length"].sum(dtype=np.int64)),
+                "loss_tokens": int(joined["n_loss"].sum(dtype=np.int64)),
+                "bytes": sum(e["bytes"] for e in parts),
+                "duplicates": sum(e["documents"] for e in parts) - len(keep),
+            },
+            "sources": list(numbers),
+            "index": write_index(objects, version, joined),
+            "dropped": sorted(dropped & (committed_parts(objects).keys() if dropped else set())),
+            "parts": parts,
+        }
+    )
+    try:
+        objects.write(manifest_name(version), dump_json(manifest), create=True)
+    except FileExistsError:
+        return None
+    return manifest
+
+
+def _newest_readable(objects: Objects, versions: list[int], rebuilt: bool) -> dict[str, Any] | None:
+    """The newest manifest; when rebuilding, the newest one that is whole."""
+    for version in reversed(versions):
+        try:
+            return read_manifest(objects, version)
+        except StoreCorruptError:
+            if not rebuilt:
+                raise
+    return None
+
+
+def _common_shape(objects: Objects, parts: list[dict[str, Any]]) -> tuple[int, int]:
+    """States a token and their width, which all parts with documents share; zeros if there are none."""
+    filled = [e for e in parts if e["documents"]]
+    for entry in filled:
+        if (entry["states"], entry["hidden_size"]) != (filled[0]["states"], filled[0]["hidden_size"]):
+            raise StoreError(
+                f"{objects.url}: part {entry['name']} holds {entry['states']} states of width"
+                f" {entry['hidden_size']}, part {filled[0]['name']} {filled[0]['states']} of"
+                f" {filled[0]['hidden_size']}",
+                "remove the part that does not belong here",
+            )
+    return (filled[0]["states"], filled[0]["hidden_size"]) if filled else (0, 0)

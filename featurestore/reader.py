@@ -1,0 +1,347 @@
+"""Reading: a document, or a token range of it, in one range read per array, every chunk checked.
+
+A chunk's crc32c is computed while the chunk is in cache and compared with the part's checksum table, which
+the manifest vouches for: an altered byte, a swapped chunk or an object of another part cannot pass. Existence
+and size are compared with the manifest when a part is opened, for stock Zarr readers return zeros for a
+missing object.
+
+Shapes: T tokens of a document, S states of a token, D width of a state.
+"""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from crc32c import crc32c
+
+from configs.errors import StoreCorruptError, StoreError
+from featurestore.layout import (
+    CRC_BYTES,
+    TOKEN_CHUNK,
+    VERIFY_HINT,
+    chunk_count,
+    object_path,
+    shard_bytes,
+)
+from featurestore.manifest import checked_object, one_chunk, read_index, read_manifest, require_root
+from featurestore.objects import Objects, RangeFile, Window, open_objects
+
+if TYPE_CHECKING:
+    from featurestore.check import Problem
+
+__all__ = ["Document", "FeatureStore", "open_store"]
+
+OPEN_PARTS = 128  # three descriptors each
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document, or the token range [start, start + T) of it.
+
+    Attributes:
+        uid: its 64-bit number.
+        input_ids: int64 [T].
+        loss_mask: bool [T]; True where the target would have to produce the token.
+        hidden: torch.bfloat16 [T, S, D].
+        source: where it came from.
+        held_out: kept from training.
+        start: first token of the range.
+    """
+
+    uid: int
+    input_ids: torch.Tensor
+    loss_mask: torch.Tensor
+    hidden: torch.Tensor
+    source: str
+    held_out: bool
+    start: int = 0
+
+
+_scratch = threading.local()
+
+
+def _scratch_bytes(size: int) -> memoryview:
+    """Memory of this thread for the rows beside the ones asked for."""
+    held = getattr(_scratch, "view", None)
+    if held is None or len(held) < size:
+        held = _scratch.view = memoryview(bytearray(size))
+    return held
+
+
+class Shard:
+    """Rows of one sharded array of a part."""
+
+    def __init__(
+        self, file: RangeFile, part: str, array: str, url: str, rows: int, row_bytes: int, chunk_rows: int
+    ) -> None:
+        self.file, self.part, self.array, self.url = file, part, array, url
+        self.rows, self.row_bytes, self.chunk_rows = rows, row_bytes, chunk_rows
+        self.chunks = chunk_count(rows, chunk_rows)
+        self.crcs: list[int] = []
+        self.index: np.ndarray | None = None  # of compressed chunks: offset and length, uint64 [C, 2]
+
+    def corrupt(self, text: str) -> StoreCorruptError:
+        return StoreCorruptError(
+            f"part {self.part}: {object_path(self.array)}: {text}", VERIFY_HINT.format(self.url)
+        )
+
+    def check_size(self, expected: int) -> None:
+        if self.file.size != expected:
+            raise self.corrupt(f"{self.file.size} bytes, {expected} expected")
+
+    def load_index(self) -> None:
+        """Read the shard index, which compressed chunks need to be found."""
+        size = self.chunks * 16 + CRC_BYTES
+        data = memoryview(bytearray(size))
+        self.file.readv([data], self.file.size - size)
+        if crc32c(data[:-CRC_BYTES]) != int.from_bytes(data[-CRC_BYTES:], "little"):
+            raise self.corrupt("the shard index fails its checksum")
+        self.index = np.frombuffer(data, "<u8", self.chunks * 2).reshape(-1, 2)
+
+    def span(self, start: int, stop: int) -> tuple[int, int]:
+        """Offset and length of the chunks that hold rows [start, stop)."""
+        first, last = start // self.chunk_rows, chunk_count(stop, self.chunk_rows)
+        if self.index is None:
+            stride = self.chunk_rows * self.row_bytes + CRC_BYTES
+            return first * stride, (last - first) * stride
+        offset = int(self.index[first, 0])
+        return offset, int(self.index[last - 1].sum()) - offset
+
+    def read(self, window: Window, start: int, stop: int, out: memoryview) -> None:
+        """Copy rows [start, stop) into `out`, bytes; raises StoreCorruptError naming the chunk."""
+        first, last = start // self.chunk_rows, chunk_count(stop, self.chunk_rows)
+        chunk = first
+        try:
+            for chunk in range(first, last):
+                low = max(start - chunk * self.chunk_rows, 0) * self.row_bytes
+                high = min(stop - chunk * self.chunk_rows, self.chunk_rows) * self.row_bytes
+                target, out = out[: high - low], out[high - low :]
+                if self.index is None:
+                    self._read_plain(window, chunk, low, high, target)
+                else:
+                    self._read_compressed(window, chunk, low, high, target)
+        except EOFError:
+            raise self.corrupt(f"chunk {chunk} is cut off") from None
+
+    def _read_plain(self, window: Window, chunk: int, low: int, high: int, target: memoryview) -> None:
+        size = self.chunk_rows * self.row_bytes
+        buffers = [target]
+        if high - low < size:  # rows of the neighbouring documents are part of the checksum
+            spare = _scratch_bytes(size)
+            buffers = [spare[:low], target, spare[low : low + size - high]]
+        trailer = memoryview(bytearray(CRC_BYTES))
+        window.readv([*buffers, trailer], chunk * (size + CRC_BYTES))
+        crc = 0
+        for view in buffers:
+            crc = crc32c(view, crc)
+        if crc != self.crcs[chunk] or crc != int.from_bytes(trailer, "little"):
+            raise self.corrupt(f"chunk {chunk} fails its checksum")
+
+    def _read_compressed(self, window: Window, chunk: int, low: int, high: int, target: memoryview) -> None:
+        from numcodecs import Zstd
+
+        assert self.index is not None
+        offset, length = map(int, self.index[chunk])
+        if not CRC_BYTES < length <= self.file.size or offset + length > self.file.size:
+            raise self.corrupt(f"chunk {chunk} has no place in the object")
+        data = memoryview(bytearray(length))
+        window.readv([data], offset)
+        crc = crc32c(data[:-CRC_BYTES])
+        if crc != self.crcs[chunk] or crc != int.from_bytes(data[-CRC_BYTES:], "little"):
+            raise self.corrupt(f"chunk {chunk} fails its checksum")
+        rows = memoryview(Zstd().decode(data[:-CRC_BYTES])).cast("B")
+        target[:] = rows[low:high]
+
+
+class Part:
+    """An open part: its three token arrays and the checksums of their chunks."""
+
+    def __init__(self, objects: Objects, entry: dict[str, Any]) -> None:
+        self.name, url = entry["name"], objects.url
+        tokens, row = entry["tokens"], entry["states"] * entry["hidden_size"] * 2
+        compressed = entry["compression"] != "none"
+        self.shards: dict[str, Shard] = {}
+        for array, row_bytes, chunk_rows in (
+            ("hidden", row, entry["chunk_tokens"]),
+            ("input_ids", 4, TOKEN_CHUNK),
+            ("loss_mask", 1, TOKEN_CHUNK),
+        ):
+            size = shard_bytes(tokens, row_bytes, chunk_rows)
+            if array == "hidden":
+                size = entry["hidden_bytes"]
+            try:
+                file = objects.open(f"{entry['path']}/{object_path(array)}", size)
+            except FileNotFoundError:
+                raise StoreCorruptError(
+                    f"part {self.name}: {object_path(array)} is missing", VERIFY_HINT.format(url)
+                ) from None
+            shard = Shard(file, self.name, array, url, tokens, row_bytes, chunk_rows)
+            shard.check_size(size)
+            self.shards[array] = shard
+        chunks = sum(shard.chunks for shard in self.shards.values())
+        table = {"bytes": chunks * 4 + CRC_BYTES, "crc32c": entry["table_crc32c"]}
+        data = checked_object(
+            objects, f"{entry['path']}/{object_path('chunk_crc32c')}", table, f"part {self.name}"
+        )
+        crcs = one_chunk(data, "<u4").tolist()
+        for shard in self.shards.values():
+            shard.crcs, crcs = crcs[: shard.chunks], crcs[shard.chunks :]
+        if compressed:
+            self.shards["hidden"].load_index()
+
+
+class FeatureStore:
+    """One manifest version of a store, readable from many threads.
+
+    Attributes:
+        url: where it is.
+        manifest: the manifest as written.
+        uid, length, n_loss, held_out: one entry a document (uint64, uint32, uint32, bool).
+    """
+
+    def __init__(self, objects: Objects, manifest: dict[str, Any]) -> None:
+        self.objects, self.manifest, self.url = objects, manifest, objects.url
+        self._index = read_index(objects, manifest)
+        self.uid = self._index["uid"]
+        self.length = self._index["length"]
+        self.n_loss = self._index["n_loss"]
+        self.held_out = self._index["held_out"].view(bool)
+        self._parts: OrderedDict[int, Part] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def contract(self) -> dict[str, Any]:
+        """What the states are and which target they belong to."""
+        return self.manifest["contract"]
+
+    @property
+    def version(self) -> int:
+        """Manifest version."""
+        return self.manifest["version"]
+
+    @property
+    def states(self) -> int:
+        """States of a token (S)."""
+        return self.manifest["states"]
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a state (D)."""
+        return self.manifest["hidden_size"]
+
+    @cached_property
+    def source(self) -> np.ndarray:
+        """Source of every document, strings."""
+        names = np.array(self.manifest["sources"] or [""], dtype=object)
+        return names[self._index["source"]]
+
+    def at(self, version: int) -> "FeatureStore":
+        """This store at another manifest version."""
+        return (
+            self
+            if version == self.version
+            else FeatureStore(self.objects, read_manifest(self.objects, version))
+        )
+
+    def __len__(self) -> int:
+        return len(self.uid)
+
+    def __iter__(self) -> Iterator[Document]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, i: int) -> Document:
+        return self.read(i)
+
+    def __repr__(self) -> str:
+        return f"FeatureStore({self.url!r}, version={self.version}, documents={len(self)})"
+
+    def read(self, i: int, start: int = 0, stop: int | None = None) -> Document:
+        """Document `i` of the manifest's order, or tokens [start, stop) of it.
+
+        Raises:
+            IndexError: no such document or range.
+            StoreCorruptError: an object is missing, short or altered; names part, object and chunk.
+        """
+        if i < 0:
+            i += len(self)
+        if not 0 <= i < len(self):
+            raise IndexError(f"document {i} of {len(self)}")
+        length = int(self.length[i])
+        stop = length if stop is None else stop
+        if not 0 <= start < stop <= length:
+            raise IndexError(f"tokens {start} to {stop} of document {i}, which has {length}")
+        ids = np.empty(stop - start, np.uint32)
+        mask = np.empty(stop - start, np.uint8)
+        hidden = torch.empty(stop - start, self.states, self.hidden_size, dtype=torch.bfloat16)
+        self.read_into(i, start, stop, ids, mask, hidden.view(torch.uint16).numpy())
+        return Document(
+            uid=int(self.uid[i]),
+            input_ids=torch.from_numpy(ids.astype(np.int64)),
+            loss_mask=torch.from_numpy(mask.view(bool)),
+            hidden=hidden,
+            source=self.manifest["sources"][self._index["source"][i]],
+            held_out=bool(self.held_out[i]),
+            start=start,
+        )
+
+    def read_into(
+        self, i: int, start: int, stop: int, ids: np.ndarray, mask: np.ndarray, hidden: np.ndarray
+    ) -> None:
+        """Fill uint32 [T], uint8 [T] and uint16 [T, S, D] (C-contiguous) with tokens [start, stop)."""
+        part = self._part(int(self._index["part"][i]))
+        first = int(self._index["start"][i])
+        start, stop = first + start, first + stop
+        wanted = [
+            (part.shards["hidden"], hidden),
+            (part.shards["input_ids"], ids),
+            (part.shards["loss_mask"], mask),
+        ]
+        for shard, out in wanted:
+            try:
+                window = shard.file.window(*shard.span(start, stop))
+            except EOFError:
+                raise shard.corrupt("the object is not as long as the manifest says") from None
+            except FileNotFoundError:
+                raise shard.corrupt("the object is missing") from None
+            shard.read(window, start, stop, out.data.cast("B"))
+
+    def _part(self, number: int) -> Part:
+        with self._lock:
+            part = self._parts.get(number)
+            if part is not None:
+                self._parts.move_to_end(number)
+                return part
+        part = Part(self.objects, self.manifest["parts"][number])
+        with self._lock:
+            self._parts[number] = part
+            while len(self._parts) > OPEN_PARTS:
+                self._parts.popitem(last=False)
+        return part
+
+    def verify(self) -> "list[Problem]":
+        """Check every byte of this manifest version; returns what is wrong, nothing if all is well."""
+        from featurestore.check import verify
+
+        return verify(self).problems
+
+
+def open_store(path: str | os.PathLike[str], version: int | None = None) -> FeatureStore:
+    """Open a published store at its newest manifest version, or a given one.
+
+    Raises:
+        StoreNotFoundError: not a store, or nothing published.
+        StoreVersionError: written in a newer format.
+        StoreCorruptError: manifest or index are damaged.
+    """
+    objects = open_objects(path)
+    require_root(objects)
+    manifest = read_manifest(objects, version)
+    if manifest["version"] != version and version is not None:
+        raise StoreError(f"{objects.url}: manifest {version} says it is version {manifest['version']}")
+    return FeatureStore(objects, manifest)
