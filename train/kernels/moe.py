@@ -7,7 +7,6 @@
 Legend: T tokens, D model width, F expert width, E experts, K experts a token, N = T * K rows.
 """
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch

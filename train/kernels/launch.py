@@ -1,0 +1,96 @@
+"""Launching Triton kernels with the tiles of the table, and recording launches instead of making them.
+
+A recorded launch holds the kernel and its arguments as the real one would have them, so that a kernel can be
+compiled ahead of time, on a machine without its GPU, exactly as it would be compiled there.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from train.kernels.tiles import TABLE, Tile
+
+__all__ = ["INTERPRETED", "Call", "descriptor", "launch", "record", "require_device", "tile_for"]
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+"""Whether the kernels run in Triton's interpreter (TRITON_INTERPRET=1 when this module was imported)."""
+
+
+class Call(NamedTuple):
+    """One launch that was recorded."""
+
+    kernel: Any
+    tile: Tile
+    arguments: dict[str, Any]
+
+
+class _Recording(NamedTuple):
+    arch: str
+    calls: list[Call]
+
+
+_recording: ContextVar[_Recording | None] = ContextVar("recording", default=None)
+
+
+@contextlib.contextmanager
+def record(arch: str) -> Iterator[list[Call]]:
+    """Collect launches for an architecture of the table instead of making them; meta tensors will do."""
+    calls: list[Call] = []
+    token = _recording.set(_Recording(arch, calls))
+    try:
+        yield calls
+    finally:
+        _recording.reset(token)
+
+
+def architecture(device: torch.device) -> str:
+    """Row of the table for a device."""
+    if recording := _recording.get():
+        return recording.arch
+    if INTERPRETED:
+        return "interpreter"
+    major = torch.cuda.get_device_capability(device)[0]
+    # others have the shared memory of sm_80's smaller siblings, for which its tiles are made
+    return {9: "sm90", 10: "sm100"}.get(major, "sm80")
+
+
+def require_device(device: torch.device) -> None:
+    """Refuse a device no kernel can run on. Raises ValueError."""
+    if device.type != "cuda" and not INTERPRETED and _recording.get() is None:
+        raise ValueError(f"backend: triton needs tensors on a CUDA device, found {device}")
+
+
+def tile_for(kernel: str, device: torch.device, dtype: torch.dtype, rows_per_expert: float = 0) -> Tile:
+    """The committed tile of a kernel.
+
+    Args:
+        kernel: name in the table.
+        device: where it runs.
+        dtype: of its matrix operands.
+        rows_per_expert: mean number of rows; decides the shape class.
+    """
+    arch = architecture(device)
+    name = str(dtype).removeprefix("torch.")
+    shape = "short" if rows_per_expert <= 512 else "long"
+    for key in ((arch, name, shape), (arch, name, "any"), (arch, "any", "any")):
+        if kernel in TABLE.get(key, ()):
+            return TABLE[key][kernel]
+    raise KeyError(f"no tile for {kernel} on {arch} with {name}")
+
+
+def descriptor(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Descriptor of a contiguous matrix (of the last two dimensions, if three) read in tiles."""
+    return TensorDescriptor.from_tensor(matrix.view(-1, matrix.shape[-1]), [rows, columns])
+
+
+def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
+    """Run `programs` programs of a kernel."""
+    if recording := _recording.get():
+        recording.calls.append(Call(kernel, tile, arguments))
+        return
+    kernel[(programs,)](**arguments, num_warps=tile.warps, num_stages=tile.stages)

@@ -1,0 +1,435 @@
+"""Triton kernels of the routed experts, forward and backward.
+
+Rows are sorted by expert but never copied: a kernel reads the tokens of its rows through the index `token`.
+Every product runs over row tiles that lie within one expert; weights come through tensor descriptors (TMA where
+the hardware has it), which also frees the registers that their addresses would take.
+
+    up_fwd       g = x[token] w1^T, u = x[token] w3^T, h = weight silu(g) u         [N, F]
+    down_fwd     rows = h w2^T                                                     [N, D]
+    gather_sum   y[t] = sum of the rows of t's K slots, in float32 and in order    [T, D]
+    down_bwd     a = dy[token] w2; from it the gradients of g, u and weight, and h again
+    up_bwd       rows = dg w1 + du w3                                              [N, D]
+    weight_grad  dw1 = dg^T x[token], dw3 = du^T x[token], dw2 = dy[token]^T h
+
+The output of the down projection is not kept: the gradient of a router weight is <dy, w2 h> = <dy w2, h>.
+
+Legend: T tokens, D model width, F expert width, E experts, K experts a token, N = T * K sorted rows; BM, BN, BK
+rows, columns and contraction step of a tile.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from train.kernels.launch import descriptor, launch, require_device, tile_for
+
+if TYPE_CHECKING:
+    from train.kernels.moe import Routing
+
+__all__ = ["backward", "forward", "row_tiles"]
+
+
+@triton.jit
+def _place(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Row and column tile of a program: GROUP row tiles walk the columns together, to share them in L2."""
+    per_group = GROUP * tiles_n
+    first = pid // per_group * GROUP
+    size = tl.minimum(tiles_m - first, GROUP)
+    within = pid % per_group
+    return first + within % size, within // size
+
+
+@triton.jit
+def _up_fwd_kernel(
+    x, w1, w3, g, u, h, token, order, weight, tile_expert, tile_row, offsets, tiles_m,
+    D: tl.constexpr, F: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    tile, tile_n = _place(tl.program_id(0), tiles_m, tl.cdiv(F, BN), GROUP)
+    expert = tl.load(tile_expert + tile)
+    if expert < 0:
+        return
+    rows = tl.load(tile_row + tile) + tl.arange(0, BM)
+    inside = rows < tl.load(offsets + expert + 1)
+    source = tl.load(token + rows, mask=inside, other=0).to(tl.int64)
+    k = tl.arange(0, BK)
+    a_ptr = x + source[:, None] * D + k[None, :]
+    acc_g = tl.zeros((BM, BN), tl.float32)
+    acc_u = tl.zeros((BM, BN), tl.float32)
+    w_row = expert * F + tile_n * BN
+    for k0 in range(0, D, BK):
+        # a row outside reads token 0, and is not stored
+        a = tl.load(a_ptr + k0) if D % BK == 0 else tl.load(a_ptr + k0, mask=k[None, :] < D - k0, other=0.0)
+        acc_g = tl.dot(a, w1.load([w_row, k0]).T, acc_g, input_precision="ieee")
+        acc_u = tl.dot(a, w3.load([w_row, k0]).T, acc_u, input_precision="ieee")
+    w = tl.load(weight + tl.load(order + rows, mask=inside, other=0), mask=inside, other=0.0)
+    columns = tile_n * BN + tl.arange(0, BN)
+    out = rows.to(tl.int64)[:, None] * F + columns[None, :]
+    mask = inside[:, None] & (columns < F)[None, :]
+    tl.store(g + out, acc_g.to(g.dtype.element_ty), mask=mask)
+    tl.store(u + out, acc_u.to(u.dtype.element_ty), mask=mask)
+    acc = acc_g * tl.sigmoid(acc_g) * acc_u * w[:, None]
+    tl.store(h + out, acc.to(h.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _down_fwd_kernel(
+    h, w2, y, tile_expert, tile_row, offsets, tiles_m,
+    D: tl.constexpr, F: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    tile, tile_n = _place(tl.program_id(0), tiles_m, tl.cdiv(D, BN), GROUP)
+    expert = tl.load(tile_expert + tile)
+    if expert < 0:
+        return
+    row = tl.load(tile_row + tile)
+    acc = tl.zeros((BM, BN), tl.float32)
+    w_row = expert * D + tile_n * BN
+    for k0 in range(0, F, BK):
+        acc = tl.dot(h.load([row, k0]), w2.load([w_row, k0]).T, acc, input_precision="ieee")
+    rows = row + tl.arange(0, BM)
+    columns = tile_n * BN + tl.arange(0, BN)
+    mask = (rows < tl.load(offsets + expert + 1))[:, None] & (columns < D)[None, :]
+    tl.store(y + rows.to(tl.int64)[:, None] * D + columns[None, :], acc.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gather_sum_kernel(
+    rows, inverse, y, D: tl.constexpr, K: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    tiles_n = tl.cdiv(D, BN)
+    t = (tl.program_id(0) // tiles_n).to(tl.int64)
+    columns = tl.program_id(0) % tiles_n * BN + tl.arange(0, BN)
+    acc = tl.zeros((BN,), tl.float32)
+    for slot in tl.static_range(K):
+        row = tl.load(inverse + t * K + slot).to(tl.int64)
+        acc += tl.load(rows + row * D + columns, mask=columns < D, other=0.0).to(tl.float32)
+    tl.store(y + t * D + columns, acc.to(y.dtype.element_ty), mask=columns < D)
+
+
+@triton.jit
+def _down_bwd_kernel(
+    dy, w2, g, u, dg, du, h, dweight, token, order, weight, tile_expert, tile_row, offsets, tiles_m, N,
+    D: tl.constexpr, F: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    tile, tile_n = _place(tl.program_id(0), tiles_m, tl.cdiv(F, BN), GROUP)
+    expert = tl.load(tile_expert + tile)
+    if expert < 0:
+        return
+    rows = tl.load(tile_row + tile) + tl.arange(0, BM)
+    inside = rows < tl.load(offsets + expert + 1)
+    source = tl.load(token + rows, mask=inside, other=0).to(tl.int64)
+    k = tl.arange(0, BK)
+    a_ptr = dy + source[:, None] * D + k[None, :]
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k0 in range(0, D, BK):
+        # the last step of a ragged D reads on into the next expert's weight: this side must be zero there
+        a = tl.load(a_ptr + k0) if D % BK == 0 else tl.load(a_ptr + k0, mask=k[None, :] < D - k0, other=0.0)
+        acc = tl.dot(a, w2.load([expert * D + k0, tile_n * BN]), acc, input_precision="ieee")
+    w = tl.load(weight + tl.load(order + rows, mask=inside, other=0), mask=inside, other=0.0)
+    dw = tl.zeros((BM,), tl.float32)
+    # a part of the columns at a time: all of g and u beside the accumulator would not fit the registers
+    BP: tl.constexpr = BN // PARTS
+    parts = tl.reshape(acc, (BM, PARTS, BP)).permute(0, 2, 1) if PARTS == 2 else acc
+    if PARTS == 2:
+        left, right = tl.split(parts)
+    else:
+        left, right = acc, acc
+    for part in tl.static_range(PARTS):
+        a = left if part == 0 else right
+        columns = tile_n * BN + part * BP + tl.arange(0, BP)
+        at = rows.to(tl.int64)[:, None] * F + columns[None, :]
+        mask = inside[:, None] & (columns < F)[None, :]
+        gate = tl.load(g + at, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(u + at, mask=mask, other=0.0).to(tl.float32)
+        sig = tl.sigmoid(gate)
+        silu = gate * sig
+        dw += tl.sum(a * silu * up, 1)
+        tl.store(h + at, (silu * up * w[:, None]).to(h.dtype.element_ty), mask=mask)
+        a = a * w[:, None]
+        tl.store(du + at, (a * silu).to(du.dtype.element_ty), mask=mask)
+        tl.store(dg + at, (a * up * sig * (1 + gate * (1 - sig))).to(dg.dtype.element_ty), mask=mask)
+    tl.store(dweight + tile_n.to(tl.int64) * N + rows, dw, mask=inside)
+
+
+@triton.jit
+def _up_bwd_kernel(
+    dg, du, w1, w3, dx, tile_expert, tile_row, offsets, tiles_m,
+    D: tl.constexpr, F: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    tile, tile_n = _place(tl.program_id(0), tiles_m, tl.cdiv(D, BN), GROUP)
+    expert = tl.load(tile_expert + tile)
+    if expert < 0:
+        return
+    row = tl.load(tile_row + tile)
+    acc = tl.zeros((BM, BN), tl.float32)
+    # columns of dg and du beyond F come as zeros, so that the next expert's rows of a ragged F count nothing
+    for k0 in range(0, F, BK):
+        acc = tl.dot(dg.load([row, k0]), w1.load([expert * F + k0, tile_n * BN]), acc, input_precision="ieee")
+    for k0 in range(0, F, BK):
+        acc = tl.dot(du.load([row, k0]), w3.load([expert * F + k0, tile_n * BN]), acc, input_precision="ieee")
+    rows = row + tl.arange(0, BM)
+    columns = tile_n * BN + tl.arange(0, BN)
+    mask = (rows < tl.load(offsets + expert + 1))[:, None] & (columns < D)[None, :]
+    tl.store(dx + rows.to(tl.int64)[:, None] * D + columns[None, :], acc.to(dx.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _weight_grad_kernel(
+    dense, gathered, dw, token, offsets,
+    D: tl.constexpr, F: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    TRANSPOSED: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """dw[e] = dense^T gathered [F, D] (w1, w3), or its transpose [D, F] (w2); BM tiles F, BN tiles D, BK rows."""
+    tiles_m: tl.constexpr = tl.cdiv(F, BM)
+    tiles_n: tl.constexpr = tl.cdiv(D, BN)
+    expert = tl.program_id(0) // (tiles_m * tiles_n)
+    tile_m, tile_n = _place(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP)
+    start = tl.load(offsets + expert).to(tl.int32)
+    end = tl.load(offsets + expert + 1).to(tl.int32)
+    k = tl.arange(0, BK)
+    columns = tile_n * BN + tl.arange(0, BN)
+    inside = (columns < D)[None, :]
+    acc = tl.zeros((BM, BN), tl.float32)
+    # the index is loaded one step ahead: loaded in the step that uses it, it would stop the loads from being
+    # pipelined
+    source = tl.load(token + start + k, mask=start + k < end, other=0).to(tl.int64)
+    for row in range(start, end, BK):
+        mask = (row + k < end)[:, None]
+        b = tl.load(gathered + source[:, None] * D + columns[None, :], mask=mask & inside, other=0.0)
+        a = dense.load([row, tile_m * BM])
+        following = row + BK + k
+        source = tl.load(token + following, mask=following < end, other=0).to(tl.int64)
+        acc = tl.dot(a.T, b, acc, input_precision="ieee")
+    rows = tile_m * BM + tl.arange(0, BM)
+    mask = (rows < F)[:, None] & inside
+    at = rows[:, None] + columns[None, :] * F if TRANSPOSED else rows[:, None] * D + columns[None, :]
+    out = dw + expert.to(tl.int64) * (D * F) + at
+    if ACCUMULATE:
+        acc += tl.load(out, mask=mask, other=0.0)
+    tl.store(out, acc.to(dw.dtype.element_ty), mask=mask)
+
+
+def row_tiles(offsets: Tensor, num_rows: int, size: int) -> tuple[Tensor, Tensor]:
+    """Tiles of `size` rows, none across two experts. No host synchronisation.
+
+    Args:
+        offsets: int [E + 1], first row of each expert.
+        num_rows: N, the last offset, known without reading it.
+        size: rows of a tile.
+
+    Returns:
+        Expert and first row of each tile, int32 [N // size + min(E, N)]: an upper bound of the number of
+        tiles; those beyond the real number have expert -1.
+    """
+    E = len(offsets) - 1
+    tiles = (offsets[1:] - offsets[:-1] + size - 1) // size
+    ends = tiles.cumsum(0)
+    index = torch.arange(num_rows // size + min(E, num_rows), device=offsets.device)
+    expert = torch.searchsorted(ends, index, right=True)
+    known = expert.clamp(max=E - 1)
+    row = offsets[known] + (index - (ends - tiles)[known]) * size
+    return torch.where(expert < E, expert, -1).int(), row.int()
+
+
+def gather_sum(rows_ND: Tensor, inverse_N: Tensor, topk: int) -> Tensor:
+    """Sum of the K rows of each token, [T, D], in float32 and in the order of the slots."""
+    N, D = rows_ND.shape
+    y = rows_ND.new_empty(N // topk, D)
+    tile = tile_for("gather_sum", rows_ND.device, torch.bfloat16)
+    programs = N // topk * triton.cdiv(D, tile.n)
+    launch(
+        _gather_sum_kernel, programs, tile, rows=rows_ND, inverse=inverse_N, y=y, D=D, K=topk, BN=tile.n
+    )
+    return y
+
+
+def _check(x: Tensor, w1: Tensor) -> None:
+    require_device(x.device)
+    if x.dtype == torch.float64:
+        raise ValueError("x: found torch.float64, expected torch.bfloat16 or torch.float32 with backend triton")
+    for name, size in (("x", x.shape[1]), ("w2", w1.shape[1])):
+        if size * x.element_size() % 16:
+            step = 16 // x.element_size()
+            raise ValueError(f"{name}: found last dimension {size}, expected a multiple of {step} ({x.dtype})")
+
+
+def forward(
+    x: Tensor, topk_weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, routing: "Routing"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y [T, D], and gate and up products [N, F] for the backward."""
+    _check(x, w1)
+    (E, F, D), (T, K) = w1.shape, topk_weights.shape
+    N = T * K
+    g, u, h = (x.new_empty(N, F) for _ in range(3))
+    if not N:
+        return torch.zeros_like(x), g, u
+    token, order = routing.token.int(), routing.order.int()
+    tile = tile_for("up_fwd", x.device, x.dtype, N / E)
+    experts, rows = row_tiles(routing.offsets, N, tile.m)
+    launch(
+        _up_fwd_kernel,
+        len(experts) * triton.cdiv(F, tile.n),
+        tile,
+        x=x,
+        w1=descriptor(w1, tile.n, tile.k),
+        w3=descriptor(w3, tile.n, tile.k),
+        g=g,
+        u=u,
+        h=h,
+        token=token,
+        order=order,
+        weight=topk_weights.contiguous(),
+        tile_expert=experts,
+        tile_row=rows,
+        offsets=routing.offsets,
+        tiles_m=len(experts),
+        D=D,
+        F=F,
+        BM=tile.m,
+        BN=tile.n,
+        BK=tile.k,
+        GROUP=tile.group,
+    )
+    y_ND = x.new_empty(N, D)
+    tile = tile_for("down_fwd", x.device, x.dtype, N / E)
+    experts, rows = row_tiles(routing.offsets, N, tile.m)
+    launch(
+        _down_fwd_kernel,
+        len(experts) * triton.cdiv(D, tile.n),
+        tile,
+        h=descriptor(h, tile.m, tile.k),
+        w2=descriptor(w2, tile.n, tile.k),
+        y=y_ND,
+        tile_expert=experts,
+        tile_row=rows,
+        offsets=routing.offsets,
+        tiles_m=len(experts),
+        D=D,
+        F=F,
+        BM=tile.m,
+        BN=tile.n,
+        BK=tile.k,
+        GROUP=tile.group,
+    )
+    return gather_sum(y_ND, routing.inverse, K), g, u
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    topk_weights: Tensor,
+    w1: Tensor,
+    w3: Tensor,
+    w2: Tensor,
+    g: Tensor,
+    u: Tensor,
+    routing: "Routing",
+    need: tuple[bool, ...],
+    main_grads: tuple[Tensor, Tensor, Tensor] | None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, topk_weights, w1, w3, w2; None where not needed."""
+    need_x, need_weights, need_w1, need_w3, need_w2 = need
+    (E, F, D), (T, K) = w1.shape, topk_weights.shape
+    N = T * K
+    if not N:
+        zeros = (torch.zeros_like(t) if n else None for n, t in zip(need, (x, topk_weights, w1, w3, w2), strict=True))
+        return tuple(zeros)
+    token, order, offsets = routing.token.int(), routing.order.int(), routing.offsets
+    dg, du, h = (torch.empty_like(g) for _ in range(3))
+    tile = tile_for("down_bwd", x.device, x.dtype, N / E)
+    tiles_n = triton.cdiv(F, tile.n)
+    # one partial sum for each column tile, added up in a fixed order
+    partial = torch.empty(tiles_n, N, dtype=torch.float32, device=x.device)
+    experts, rows = row_tiles(offsets, N, tile.m)
+    launch(
+        _down_bwd_kernel,
+        len(experts) * tiles_n,
+        tile,
+        dy=dy,
+        w2=descriptor(w2, tile.k, tile.n),
+        g=g,
+        u=u,
+        dg=dg,
+        du=du,
+        h=h,
+        dweight=partial,
+        token=token,
+        order=order,
+        weight=topk_weights.contiguous(),
+        tile_expert=experts,
+        tile_row=rows,
+        offsets=offsets,
+        tiles_m=len(experts),
+        N=N,
+        D=D,
+        F=F,
+        BM=tile.m,
+        BN=tile.n,
+        BK=tile.k,
+        GROUP=tile.group,
+        PARTS=2 if tile.n >= 256 else 1,
+    )
+    dweights = partial.sum(0).index_select(0, routing.inverse).view(T, K) if need_weights else None
+    dx = None
+    if need_x:
+        dx_ND = x.new_empty(N, D)
+        tile = tile_for("up_bwd", x.device, x.dtype, N / E)
+        experts, rows = row_tiles(offsets, N, tile.m)
+        launch(
+            _up_bwd_kernel,
+            len(experts) * triton.cdiv(D, tile.n),
+            tile,
+            dg=descriptor(dg, tile.m, tile.k),
+            du=descriptor(du, tile.m, tile.k),
+            w1=descriptor(w1, tile.k, tile.n),
+            w3=descriptor(w3, tile.k, tile.n),
+            dx=dx_ND,
+            tile_expert=experts,
+            tile_row=rows,
+            offsets=offsets,
+            tiles_m=len(experts),
+            D=D,
+            F=F,
+            BM=tile.m,
+            BN=tile.n,
+            BK=tile.k,
+            GROUP=tile.group,
+        )
+        dx = gather_sum(dx_ND, routing.inverse, K)
+        del dx_ND
+    tile = tile_for("weight_grad", x.device, x.dtype, N / E)
+
+    def weight_grad(dense: Tensor, gathered: Tensor, like: Tensor, main: Tensor | None) -> Tensor | None:
+        dw = torch.empty_like(like) if main is None else main
+        launch(
+            _weight_grad_kernel,
+            E * triton.cdiv(F, tile.m) * triton.cdiv(D, tile.n),
+            tile,
+            dense=descriptor(dense, tile.k, tile.m),
+            gathered=gathered,
+            dw=dw,
+            token=token,
+            offsets=offsets,
+            D=D,
+            F=F,
+            BM=tile.m,
+            BN=tile.n,
+            BK=tile.k,
+            GROUP=tile.group,
+            TRANSPOSED=like is w2,
+            ACCUMULATE=main is not None,
+        )
+        return dw if main is None else None
+
+    main1, main3, main2 = main_grads or (None, None, None)
+    dw1 = weight_grad(dg, x, w1, main1) if need_w1 else None
+    dw3 = weight_grad(du, x, w3, main3) if need_w3 else None
+    dw2 = weight_grad(h, dy, w2, main2) if need_w2 else None
+    return dx, dweights, dw1, dw3, dw2

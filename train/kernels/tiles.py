@@ -1,0 +1,51 @@
+"""Tile sizes of the Triton kernels by architecture, dtype and shape class.
+
+`python -m benchmarks.tune` measures on a GPU and rewrites the entries of its architecture in this file. No
+kernel is tuned at run time.
+
+Shape classes: `short`, at most 512 rows an expert on average, `long`, more. `sm80` also serves every
+architecture not named here, and keeps below 99 KiB of shared memory for that.
+"""
+
+from typing import NamedTuple
+
+__all__ = ["TABLE", "Tile"]
+
+
+class Tile(NamedTuple):
+    """Sizes of one program's work."""
+
+    m: int
+    """Rows of the result."""
+    n: int
+    """Columns of the result."""
+    k: int
+    """Step of the contraction."""
+    group: int
+    """Row tiles that share their column tiles in the L2 cache."""
+    warps: int
+    stages: int
+
+
+TABLE: dict[tuple[str, str, str], dict[str, Tile]] = {
+    ("interpreter", "any", "any"): {
+        "up_fwd": Tile(16, 32, 32, 2, 4, 1),
+        "down_fwd": Tile(16, 32, 32, 2, 4, 1),
+        "down_bwd": Tile(16, 32, 32, 2, 4, 1),
+        "up_bwd": Tile(16, 32, 32, 2, 4, 1),
+        "weight_grad": Tile(32, 32, 16, 2, 4, 1),
+        "gather_sum": Tile(4, 32, 1, 1, 4, 1),
+        "loss_rows": Tile(1, 256, 1, 1, 4, 1),
+    },
+    ("sm90", "any", "any"): {
+        "gather_sum": Tile(1, 1024, 1, 1, 4, 1),
+        "loss_rows": Tile(1, 4096, 1, 1, 8, 1),
+    },
+    ("sm90", "bfloat16", "any"): {
+        "up_fwd": Tile(128, 128, 64, 8, 8, 4),
+        "down_fwd": Tile(128, 256, 64, 8, 8, 4),
+        "down_bwd": Tile(128, 256, 64, 8, 8, 4),
+        "up_bwd": Tile(128, 256, 64, 8, 8, 4),
+        "weight_grad": Tile(128, 256, 64, 8, 8, 4),
+    },
+}
