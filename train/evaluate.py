@@ -1,0 +1,360 @@
+"""Offline acceptance: how many of a draft's tokens the target would take, from stored states alone.
+
+A server drafts K tokens after each token it knows, keeps those that equal the target's greedy ones up to the
+first that does not, and goes on behind the token the target then says. `walk` repeats exactly that over the
+answers of held-out documents, so that its acceptance length is the one a server measures; the mean over all
+anchors alike, which weighs hard places less than a server does, stands beside it.
+
+Legend: T tokens, S = K draft steps, M predicted tokens.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs import checkpoints
+from configs.contract import Target, norm_and_head_sha256, require_same, target_contract
+from configs.errors import ConfigError, ContractError
+from configs.files import write_json
+from configs.progress import log, task
+from configs.schema import RunConfig
+from featurestore import FeatureStore, open_store
+from train.draft import Draft, Packed, pack, state_column
+from train.loss import HeadLoss
+from train.model import load_layer
+from train.unroll import Scored
+
+__all__ = ["Tally", "check_contract", "check_lengths", "held_out", "measure", "plan", "run", "tally"]
+
+
+class Tally(NamedTuple):
+    """Counts that add up over documents; every entry float64, [S] but for the scalars.
+
+    Attributes:
+        at_risk: drafts of the walk that were accepted up to, and whose target is known at, each step.
+        accepted: those accepted at the step as well.
+        any_at_risk, any_accepted: the same over all anchors instead of the walk's.
+        overlap: sum over anchors of the product of min(p, q) sums up to each step, anchors with all K steps.
+        anchors: number of those anchors.
+        tokens: answer tokens.
+        documents: documents.
+    """
+
+    at_risk: np.ndarray
+    accepted: np.ndarray
+    any_at_risk: np.ndarray
+    any_accepted: np.ndarray
+    overlap: np.ndarray
+    anchors: np.ndarray
+    tokens: np.ndarray
+    documents: np.ndarray
+
+    @classmethod
+    def zeros(cls, num_steps: int) -> "Tally":
+        """Nothing counted yet."""
+        return cls(*(np.zeros(num_steps) for _ in range(5)), *(np.zeros(1) for _ in range(3)))
+
+    def result(self) -> dict[str, Any]:
+        """Acceptance as a JSON object.
+
+        The share accepted through step k is the product of the shares at each step of those still alive:
+        near the end of an answer a draft's last targets are unknown, and it counts for the steps it has.
+        """
+        through = np.cumprod(self.accepted / np.maximum(self.at_risk, 1))
+        alike = np.cumprod(self.any_accepted / np.maximum(self.any_at_risk, 1))
+        overlap = self.overlap / np.maximum(self.anchors, 1)
+        return {
+            "acceptance_length": float(1 + through.sum()),
+            "acceptance_per_position": through.tolist(),
+            "all_anchors_acceptance_length": float(1 + alike.sum()),
+            "all_anchors_acceptance_per_position": alike.tolist(),
+            "overlap_acceptance_length": float(1 + overlap.sum()),
+            "documents": int(self.documents[0]),
+            "tokens": int(self.tokens[0]),
+            "drafts": int(self.at_risk[0]),
+        }
+
+
+def _answers(mask: np.ndarray, start: int, end: int) -> list[tuple[int, int]]:
+    """Runs [a, b) of masked-in tokens in rows [start, end)."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask[start:end].astype(np.int8), [0]]))) + start
+    return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
+
+
+def tally(agree_SM: Tensor, overlap_SM: Tensor, scored: Scored, batch: Packed) -> Tally:
+    """Count the drafts of every answer of a batch.
+
+    The token at row m is known, the anchor is m - 1, and step s predicts row m + 1 + s. A server's first
+    draft of an answer comes after its first token, the next one after what was accepted and one token more.
+
+    Args:
+        agree_SM: bool, draft and target have the same arg-max.
+        overlap_SM: float32, sum of min(p, q).
+        scored: the predictions, by token.
+        batch: the documents.
+    """
+    num_steps = len(agree_SM)
+    T = len(batch.input_ids)
+    mask = batch.loss_mask.cpu().numpy()
+    rows = scored.tokens.cpu().numpy()
+    agree = np.zeros((num_steps, T), bool)
+    overlap = np.zeros((num_steps, T))
+    agree[:, rows] = (agree_SM & scored.valid).cpu().numpy()
+    overlap[:, rows] = overlap_SM.double().cpu().numpy()
+    counts = Tally.zeros(num_steps)
+    bounds = batch.cu_seqlens.tolist()
+    for start, end in itertools.pairwise(bounds):
+        counts.documents[:] += 1
+        for a, b in _answers(mask, start, end):
+            counts.tokens[:] += b - a
+            next_walk = a
+            for m in range(max(a, start + 1), b - 1):
+                known = min(num_steps, b - 1 - m)
+                accepted = 0
+                while accepted < known and agree[accepted, m + 1 + accepted]:
+                    accepted += 1
+                tried = min(accepted + 1, known)
+                counts.any_at_risk[:tried] += 1
+                counts.any_accepted[:accepted] += 1
+                if m >= next_walk:
+                    counts.at_risk[:tried] += 1
+                    counts.accepted[:accepted] += 1
+                    next_walk = m + accepted + 1
+                if known == num_steps:
+                    chances = [overlap[s, m + 1 + s] for s in range(num_steps)]
+                    counts.overlap[:] += np.cumprod(chances)
+                    counts.anchors[:] += 1
+    return counts
+
+
+def _batches(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Cut documents into runs of at most `capacity` tokens; a longer document is a run of its own."""
+    out: list[list[int]] = []
+    used = capacity
+    for place, length in enumerate(lengths):
+        if used + length > capacity and (used or not out):
+            out.append([])
+            used = 0
+        out[-1].append(place)
+        used += length
+    return out
+
+
+class _Documents(NamedTuple):
+    input_ids: Tensor
+    loss_mask: Tensor
+    cu_seqlens: Tensor
+    hidden: Tensor
+
+
+def _read(store: FeatureStore, documents: np.ndarray) -> _Documents:
+    read = [store[int(i)] for i in documents]
+    if not read:
+        empty = torch.zeros(0, dtype=torch.int64)
+        return _Documents(empty, empty.bool(), empty.int(), torch.zeros(0, store.states, store.hidden_size))
+    lengths = torch.tensor([0, *(len(d.input_ids) for d in read)], dtype=torch.int32)
+    return _Documents(
+        torch.cat([d.input_ids for d in read]),
+        torch.cat([d.loss_mask for d in read]),
+        lengths.cumsum(0).int(),
+        torch.cat([d.hidden for d in read]),
+    )
+
+
+def held_out(store: FeatureStore, limit: int | None) -> np.ndarray:
+    """Numbers of the held-out documents to evaluate, in the order of their uid so that a limit is fair.
+
+    Raises:
+        ConfigError: the store has none.
+    """
+    documents = np.flatnonzero(store.held_out)
+    if not len(documents):
+        raise ConfigError(
+            f"{store.url} has no held-out documents to evaluate on", "dump with prompts.held_out above 0"
+        )
+    return documents[np.argsort(store.uid[documents], kind="stable")][:limit]
+
+
+def measure(
+    forward: Callable[[Packed, Scored, Tensor], HeadLoss],
+    store: FeatureStore,
+    documents: np.ndarray,
+    num_steps: int,
+    *,
+    tokens_per_batch: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    add_up: Callable[[Tensor], Tensor] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Acceptance of a draft on some documents; with several ranks all call this and get the same result.
+
+    Args:
+        forward: `Draft` or an engine around one.
+        store: the store.
+        documents: document numbers.
+        num_steps: draft tokens K.
+        tokens_per_batch: token budget of a forward pass.
+        dtype, device: of the layer.
+        rank, world_size: this rank and the number of ranks; each takes every `world_size`-th document.
+        add_up: sums a tensor over the ranks; needed with more than one.
+        progress: called with the number of documents done.
+    """
+    plans = [
+        [
+            documents[r::world_size][run]
+            for run in _batches(store.length[documents[r::world_size]], tokens_per_batch)
+        ]
+        for r in range(world_size)
+    ]
+    # every rank makes as many passes as the busiest one
+    passes = max(len(p) for p in plans)
+    counts = Tally.zeros(num_steps)
+    column = state_column(store.contract)
+    with torch.no_grad():
+        for number in range(passes):
+            mine = plans[rank][number] if number < len(plans[rank]) else documents[:0]
+            batch = pack(_read(store, mine), column, dtype, device)
+            scored = batch.scored(num_steps)
+            found = forward(batch, scored, scored.valid.float())
+            if len(mine):
+                counts = Tally(
+                    *(
+                        x + y
+                        for x, y in zip(counts, tally(found.agree, found.overlap, scored, batch), strict=True)
+                    )
+                )
+                if progress is not None:
+                    progress(len(mine))
+    if add_up is not None:
+        flat = add_up(torch.from_numpy(np.concatenate(counts)).to(device))
+        ends = np.cumsum([len(x) for x in counts])[:-1]
+        counts = Tally(*np.split(flat.cpu().numpy(), ends))
+    return counts.result()
+
+
+def check_contract(store: FeatureStore, directory: Path) -> Target:
+    """Check that a store was dumped from a target, as far as the target's files can say.
+
+    Raises:
+        ContractError: names every field that differs.
+        InputError: the target is incomplete.
+    """
+    target = target_contract(directory)
+    found = store.contract
+    what = f"store {store.url} and target {directory}"
+    hint = "set target.path to the checkpoint the store was dumped from, or dump again"
+    require_same(
+        {"target": found["target"], "norm_and_head_sha256": found["norm_and_head_sha256"]},
+        {
+            "target": target.model_dump(mode="json"),
+            "norm_and_head_sha256": norm_and_head_sha256(directory),
+        },
+        what,
+        hint=hint,
+    )
+    if store.hidden_size != target.hidden_size:
+        raise ContractError(f"{what} do not belong together: states of {store.hidden_size} numbers", hint)
+    return target
+
+
+def check_lengths(store: FeatureStore, index_topk: int) -> None:
+    """Refuse documents for which dense attention is not what the target's sparse attention computes.
+
+    Raises:
+        ConfigError: a document is longer than `index_topk` tokens.
+    """
+    longest = int(store.length.max())
+    if index_topk and longest > index_topk:
+        raise ConfigError(
+            f"{store.url} holds a document of {longest:,} tokens; attention is dense here and equals"
+            f" the target's up to index_topk = {index_topk:,} tokens",
+            f"dump with prompts.max_length = {index_topk} or less",
+        )
+
+
+def _weights(config: RunConfig) -> tuple[str, Path | None]:
+    """Name and directory of the weights that `evaluate.checkpoint` means; None for the target's own layer."""
+    which = config.evaluate.checkpoint
+    if which == "released":
+        return which, None
+    if which not in ("last", "best") and not (Path(which) / checkpoints.COMMIT).exists():
+        # an export, or any directory of tensors with checkpoint names
+        return Path(which).name, Path(which)
+    path = checkpoints.locate(config.run.dir, which)
+    return (which if which in ("last", "best") else path.name), path / "weights"
+
+
+def _required_target(config: RunConfig) -> Path:
+    if config.target.path is None:
+        raise ConfigError("target.path is not set", "set it to the directory of the target checkpoint")
+    return config.target.path
+
+
+def plan(config: RunConfig) -> str:
+    """One line: what `layer61 evaluate` will measure."""
+    store = open_store(config.train_store_path)
+    documents = held_out(store, config.evaluate.max_documents)
+    tokens = int(store.n_loss[documents].sum())
+    return (
+        f"acceptance of the {config.evaluate.checkpoint} checkpoint with"
+        f" {config.evaluate.num_speculative_tokens} draft tokens on {len(documents):,} held-out documents,"
+        f" {tokens:,} answer tokens"
+    )
+
+
+def run(config: RunConfig, checkpoint: str | None = None) -> dict[str, Any]:
+    """Measure a checkpoint on the held-out documents and write `RUN/evaluate.NAME.json`.
+
+    Args:
+        config: the configuration.
+        checkpoint: overrides `evaluate.checkpoint`.
+
+    Returns:
+        acceptance_length and acceptance_per_position as a server would measure them, the same over all
+        anchors alike, overlap_acceptance_length for sampled drafts, counts, and which weights were measured.
+
+    Raises:
+        ContractError: the store was not dumped from this target.
+        InputError: there is no such checkpoint.
+        ConfigError: there is nothing to evaluate on.
+    """
+    if checkpoint is not None:
+        evaluate = config.evaluate.model_copy(update={"checkpoint": checkpoint})
+        config = config.model_copy(update={"evaluate": evaluate})
+    target = _required_target(config)
+    name, weights = _weights(config)
+    store = open_store(config.train_store_path)
+    documents = held_out(store, config.evaluate.max_documents)
+    check_contract(store, target)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32
+    layer = load_layer(target, weights=weights, dtype=dtype, device=device)
+    check_lengths(store, layer.dims.index_topk)
+    draft = Draft(layer, config.train)
+    with task("evaluate", len(documents)) as bar:
+        found = measure(
+            draft,
+            store,
+            documents,
+            config.evaluate.num_speculative_tokens,
+            tokens_per_batch=config.train.tokens_per_rank,
+            dtype=dtype,
+            device=device,
+            progress=bar.advance,
+        )
+    found |= {"checkpoint": name, "weights": str(weights or target), "store": config.train_store_path}
+    write_json(config.run.dir / f"evaluate.{name}.json", {"format": 1, **found})
+    log(
+        "evaluate",
+        f"{name}: acceptance length {found['acceptance_length']:.3f}, by position "
+        + " ".join(f"{share:.1%}" for share in found["acceptance_per_position"]),
+    )
+    return found

@@ -1,0 +1,172 @@
+"""Starting training: this process alone, one rank of a launcher's, or ranks of our own on this machine."""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from configs.errors import Layer61Error
+from configs.files import read_json, write_json
+from configs.load import load_config
+from configs.schema import RunConfig
+from train.plan import plan
+
+__all__ = ["free_port", "main", "plan", "run"]
+
+GRACE_SECONDS = 20
+# set by us in the ranks we start
+PARENT = "LAYER61_PARENT"
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on at this moment."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run(config: RunConfig) -> dict[str, Any] | None:
+    """Train, in this process or in `train.ranks` processes of our own.
+
+    Under torchrun or the deepspeed launcher (RANK is set) this process is one of theirs. After SIGINT or
+    SIGTERM a checkpoint is saved and the signal is raised again, so that the exit code is 130 or 143.
+
+    Returns:
+        The summary of the run on rank 0, None on other ranks.
+
+    Raises:
+        Layer61Error: training failed; what a rank of our own found wrong is raised here with its exit code.
+    """
+    if "RANK" in os.environ or config.train.ranks == 1:
+        from train.trainer import Stopped, train
+
+        try:
+            return train(config)
+        except Stopped as stopped:
+            signal.raise_signal(stopped.number)
+            raise
+    return _run_ranks(config)
+
+
+def _run_ranks(config: RunConfig) -> dict[str, Any]:
+    ranks = config.train.ranks
+    folder = config.run.dir / ".ranks"
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.iterdir():
+        old.unlink()
+    write_json(folder / "config.json", config.model_dump(mode="json"))
+    environment = dict(os.environ)
+    environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), PARENT: str(os.getpid())}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    # as torchrun does: ranks would fight for the cores
+    environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // ranks, 1)))
+    processes: list[subprocess.Popen[bytes]] = []
+    caught: list[int] = []
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        caught.append(number)
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    handlers = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for rank in range(ranks):
+            command = [sys.executable, "-m", "train.launch", str(folder)]
+            own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            # in sessions of their own: the terminal's signal would reach them a second time
+            processes += [subprocess.Popen(command, env=own, start_new_session=True)]
+        codes = _wait(processes)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    failed = [(rank, code) for rank, code in codes if code]
+    if caught and {code for _, code in failed} <= {128 + caught[0]}:
+        signal.raise_signal(caught[0])
+    if failed:
+        rank, code = failed[0]
+        raise _explain(folder / f"error.{rank}.json", rank, code)
+    return read_json(folder / "result.json")
+
+
+def _wait(processes: list[subprocess.Popen[bytes]]) -> list[tuple[int, int]]:
+    """Wait for all ranks; once one has failed the others, which wait for it, are ended.
+
+    Returns:
+        (rank, exit code) in the order in which the ranks ended.
+    """
+    ended: list[tuple[int, int]] = []
+    deadline = float("inf")
+    while len(ended) < len(processes):
+        for rank, process in enumerate(processes):
+            code = process.poll()
+            if code is not None and rank not in dict(ended):
+                ended.append((rank, code))
+                if code and deadline == float("inf"):
+                    deadline = time.monotonic() + GRACE_SECONDS
+        if time.monotonic() > deadline:
+            for process in processes:
+                if process.poll() is None:
+                    process.kill()
+        # a rank that found something wrong has written it down: no need to wait for the others
+        elif any(code > 0 and code < 128 for _, code in ended) and deadline < float("inf"):
+            deadline = min(deadline, time.monotonic() + 1)
+        time.sleep(0.05)
+    return ended
+
+
+def _explain(path: Path, rank: int, code: int) -> Layer61Error:
+    try:
+        found = read_json(path)
+        error = Layer61Error(found["message"], found["hint"])
+    except (OSError, ValueError, KeyError):
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        error = Layer61Error(f"rank {rank} {how}", "the same command continues from the last checkpoint")
+    error.exit_code = code if code > 0 else 1
+    return error
+
+
+def _die_with(parent: int) -> None:
+    """Ask the kernel to end this rank when the process that started it is gone, however it went."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        raise SystemExit(1)
+
+
+def main(folder: Path) -> int:
+    """One rank started by `run`."""
+    _die_with(int(os.environ[PARENT]))
+    rank = int(os.environ["RANK"])
+    from train.trainer import Stopped, train
+
+    try:
+        result = train(load_config([folder / "config.json"]))
+    except Layer61Error as error:
+        found = {"message": error.message, "hint": error.hint}
+        write_json(folder / f"error.{rank}.json", found)
+        code = error.exit_code
+    except Stopped as stopped:
+        code = 128 + stopped.number
+    else:
+        if rank == 0:
+            write_json(folder / "result.json", result)
+        code = 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # other ranks may be gone already, and the process group's threads would wait for them
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

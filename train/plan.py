@@ -1,0 +1,160 @@
+"""What training will cost, from the settings and the target's config.json alone: no model, no GPU."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from configs.errors import StoreError, StoreNotFoundError
+from configs.schema import RunConfig, TrainConfig
+from configs.target import target_config
+from export.keymap import keymap
+from featurestore import open_store, steps_per_epoch
+
+__all__ = ["Plan", "is_frozen", "plan", "total_steps"]
+
+GIB = 2**30
+# CUDA context, NCCL buffers, fragmentation
+OVERHEAD_BYTES = 5 * GIB
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of a training run; `str()` gives the lines for a person.
+
+    Attributes:
+        trainable, frozen: parameters of the layer.
+        tables: elements of embedding and head.
+        ranks: ranks over which ZeRO partitions.
+        memory_bytes: parts of a rank's memory at its peak.
+        tokens_per_step: most tokens of an optimizer step.
+        documents, tokens: what the store holds for training; None where there is no store yet.
+        steps: optimizer steps; None where they depend on a store that is not there.
+    """
+
+    trainable: int
+    frozen: int
+    tables: int
+    ranks: int
+    memory_bytes: dict[str, int]
+    tokens_per_step: int
+    documents: int | None
+    tokens: int | None
+    steps: int | None
+    store: str
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in self.memory_bytes.items())
+        total = sum(self.memory_bytes.values()) / GIB
+        if self.documents is None:
+            data = f"no store at {self.store} yet, so the number of steps is open"
+        else:
+            data = f"{self.documents:,} documents, {self.tokens:,} tokens in {self.store}"
+        steps = "-" if self.steps is None else f"{self.steps:,}"
+        return (
+            f"{self.trainable:,} parameters trained, {self.frozen:,} of the layer frozen,"
+            f" {self.tables:,} in the target's embedding and head\n"
+            f"memory of each of {self.ranks} ranks: at most {total:.1f} GiB ({parts})\n"
+            f"{data}\n"
+            f"{steps} steps of at most {self.tokens_per_step:,} tokens"
+        )
+
+
+def is_frozen(name: str, train: TrainConfig) -> bool:
+    """Whether a parameter of the layer keeps its released values."""
+    return name.startswith(train.freeze)
+
+
+def total_steps(config: RunConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of a run: `train.max_steps`, or enough for `train.epochs`."""
+    train = config.train
+    if train.max_steps is not None:
+        return train.max_steps
+    return max(math.ceil(train.epochs * steps_per_epoch / train.gradient_accumulation_steps), 1)
+
+
+def _memory(
+    config: RunConfig, model: dict[str, Any], trainable: int, frozen: int, tables: int
+) -> dict[str, int]:
+    """Bytes of one rank. States are partitioned; a layer is gathered whole, its gradients for a time too.
+
+    Activations are what autograd keeps of a token and a draft step: joined input and norms, queries, keys,
+    values and result of every head, gate and up of every chosen expert.
+    """
+    train = config.train
+    size = 2 if train.dtype == "bfloat16" else 4
+    D, F = model["hidden_size"], model["moe_intermediate_size"]
+    heads = model["num_attention_heads"]
+    query = model["qk_nope_head_dim"] + model["qk_rope_head_dim"]
+    experts = model["num_experts_per_tok"]
+    kept = 10 * D + 2 * heads * (query + model["v_head_dim"]) + 2 * experts * F + model["q_lora_rank"]
+    # rows gathered for the experts, their results and the gradients of both
+    passing = 3 * experts * D
+    master = 4 if size == 2 else 0
+    return {
+        "parameters, master copies, moments and gradients": (
+            trainable * (size + master + 8 + 4) + frozen * size
+        )
+        // train.ranks,
+        "embedding and head": tables * size,
+        "gathered layer and its gradients": 2 * (trainable + frozen) * size,
+        "activations": train.tokens_per_rank * (train.num_steps * kept + passing) * size,
+        "logits of a chunk": 2 * (1 << 28) * size if size == 2 else 2 * (1 << 20) * size,
+        "runtime": OVERHEAD_BYTES if size == 2 else GIB // 2,
+    }
+
+
+def plan(config: RunConfig) -> Plan:
+    """Work out what `layer61 train` will do.
+
+    Raises:
+        ConfigError: `target.path` is not set.
+        InputError: config.json describes another architecture.
+        StoreError: there is a store and it cannot be read.
+    """
+    train = config.train
+    model = target_config(config.target.path, planning=True)
+    trainable = frozen = 0
+    for op in keymap(model):
+        count = math.prod(op.shape)
+        if op.training.endswith("e_score_correction_bias") or is_frozen(op.training, train):
+            frozen += count
+        else:
+            trainable += count
+    tables = 2 * model["vocab_size"] * model["hidden_size"]
+    return Plan(
+        trainable=trainable,
+        frozen=frozen,
+        tables=tables,
+        ranks=train.ranks,
+        memory_bytes=_memory(config, model, trainable, frozen, tables),
+        tokens_per_step=train.tokens_per_rank * train.ranks * train.gradient_accumulation_steps,
+        **_data(config),
+    )
+
+
+def _data(config: RunConfig) -> dict[str, Any]:
+    """Documents, tokens and steps, as far as the store is there."""
+    path, train = config.train_store_path, config.train
+    try:
+        store = open_store(path)
+    except StoreNotFoundError:
+        return {"documents": None, "tokens": None, "steps": train.max_steps, "store": path}
+    chosen = ~store.held_out
+    lengths = store.length[chosen]
+    if not len(lengths):
+        raise StoreError(
+            f"{path} has no documents to train on", "lower prompts.held_out, or add conversations"
+        )
+    steps = steps_per_epoch(
+        store.uid[chosen],
+        lengths,
+        tokens_per_rank=train.tokens_per_rank,
+        world_size=train.ranks,
+        seed=config.run.seed,
+    )
+    return {
+        "documents": len(lengths),
+        "tokens": int(lengths.sum()),
+        "steps": total_steps(config, steps),
+        "store": path,
+    }

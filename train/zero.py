@@ -1,0 +1,195 @@
+"""DeepSpeed ZeRO-3: its configuration, the partitioned layer, the engine.
+
+ZeRO *partitions* parameters, gradients and optimizer state over all ranks and gathers a module's parameters
+while it runs. Nothing here needs a compiler: collectives are gloo's or NCCL's, the optimizer torch's AdamW.
+"""
+
+# ruff: noqa: E402 - deepspeed reads the environment when it is imported
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if not torch.cuda.is_available():
+    # DeepSpeed warns in every process when it has to find this out by itself
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# of torch 2.13, about a function DeepSpeed calls in every collective
+warnings.filterwarnings("ignore", category=FutureWarning, message=".*(all_gather|reduce_scatter).*")
+
+import deepspeed
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from configs.errors import Layer61Error
+from configs.schema import TrainConfig
+from export.checkpoint import Checkpoint
+from export.keymap import keymap
+from train.model import Dims, MTPLayer, layer_tensors, load_tables
+from train.plan import is_frozen
+
+__all__ = [
+    "build_layer",
+    "deepspeed_config",
+    "device",
+    "dtype_of",
+    "gathered",
+    "init_distributed",
+    "initialize",
+    "reduce",
+    "shutdown",
+]
+
+# elements of one gradient bucket; its buffer is allocated whole
+REDUCE_BUCKET = 500_000_000
+
+
+def dtype_of(train: TrainConfig) -> torch.dtype:
+    """Dtype of parameters and matrix products."""
+    return torch.bfloat16 if train.dtype == "bfloat16" else torch.float32
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def init_distributed() -> tuple[int, int]:
+    """Join the process group the environment names, alone where it names none; returns (rank, world size)."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    if "RANK" not in os.environ:
+        from train.launch import free_port
+
+        os.environ.update(alone | {"MASTER_PORT": str(free_port())})
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # a shared-memory all-reduce that is compiled at first use; gloo needs no compiler
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
+    return dist.get_rank(), dist.get_world_size()
+
+
+def shutdown() -> None:
+    """Leave the process group, so that another one can be joined."""
+    if dist.is_initialized():
+        deepspeed.comm.destroy_process_group()
+
+
+def _merge(into: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    for key, value in new.items():
+        into[key] = _merge(dict(into.get(key, {})), value) if isinstance(value, dict) else value
+    return into
+
+
+def deepspeed_config(
+    train: TrainConfig, *, num_parameters: int = REDUCE_BUCKET, load_universal: bool = False
+) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run, `train.deepspeed` merged over ours.
+
+    Args:
+        train: the settings.
+        num_parameters: trainable parameters; small layers get small buckets.
+        load_universal: the checkpoint to load is in DeepSpeed's universal form.
+    """
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": train.gradient_accumulation_steps,
+        "gradient_clipping": train.gradient_clipping,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1_000_000_000,
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": torch.cuda.is_available(),
+            "contiguous_gradients": True,
+            # it replaces torch.nn.functional.linear for the whole process
+            "memory_efficient_linear": False,
+            "reduce_bucket_size": min(REDUCE_BUCKET, num_parameters),
+            # every draft step runs the same modules: what is gathered stays until the last one is done
+            "stage3_max_live_parameters": 100_000_000_000,
+            "stage3_max_reuse_distance": 100_000_000_000,
+            "stage3_gather_16bit_weights_on_model_save": False,
+        },
+    }
+    if train.dtype == "bfloat16":
+        config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    if load_universal:
+        config["checkpoint"] = {"load_universal": True}
+    return _merge(config, train.deepspeed)
+
+
+def gathered(parameters: Sequence[nn.Parameter], modifier_rank: int | None = None) -> Any:
+    """Context in which partitioned parameters are whole; all ranks must enter it in the same order."""
+    return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=modifier_rank)
+
+
+def build_layer(
+    target: Checkpoint, train: TrainConfig, ds_config: dict[str, Any], weights: Path | None = None
+) -> MTPLayer:
+    """Create the layer partitioned and fill it from a checkpoint, one tensor at a time.
+
+    No rank ever holds more than its partitions, one whole parameter and the frozen tables.
+
+    Args:
+        target: the target checkpoint.
+        train: the settings.
+        ds_config: from `deepspeed_config`.
+        weights: directory of trained tensors; by default the target's own layer.
+
+    Raises:
+        InputError: as `train.model.load_layer`.
+    """
+    dtype = dtype_of(train)
+    # the dtype comes from the configuration; the argument of that name is ignored on CPU
+    with deepspeed.zero.Init(config_dict_or_path=ds_config):
+        layer = MTPLayer(Dims.from_config(target.config))
+    first = dist.get_rank() == 0
+    # only rank 0 reads; the partitions travel from there
+    tensors = layer_tensors(target, weights, dtype=dtype) if first else None
+    parameters, buffers = dict(layer.named_parameters()), dict(layer.named_buffers())
+    for op in keymap(target.config):
+        name, value = next(tensors) if tensors is not None else (op.training, None)
+        assert name == op.training
+        if name in parameters:
+            with gathered([parameters[name]], modifier_rank=0):
+                if value is not None:
+                    parameters[name].data.copy_(value)
+        else:
+            # the router bias decides near ties in float32, whatever the dtype of the layer
+            buffer = torch.empty(op.shape, dtype=torch.float32) if value is None else value
+            buffer = buffer.to(device())
+            dist.broadcast(buffer, 0)
+            owner, _, leaf = name.rpartition(".")
+            assert name in buffers
+            setattr(layer.get_submodule(owner), leaf, buffer)
+    load_tables(layer, target, dtype=dtype, device=device())
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(not is_frozen(name, train))
+    if not any(p.requires_grad for p in parameters.values()):
+        raise Layer61Error("train.freeze leaves nothing to train", "remove a prefix from train.freeze")
+    layer.mlp.experts.backend = None if train.moe_backend == "auto" else train.moe_backend  # type: ignore[union-attr]
+    return layer
+
+
+def initialize(module: nn.Module, train: TrainConfig, ds_config: dict[str, Any]) -> Any:
+    """Wrap a module whose layer came from `build_layer` in a DeepSpeed engine with AdamW."""
+    optimizer = torch.optim.AdamW(
+        [p for p in module.parameters() if p.requires_grad],
+        lr=train.learning_rate,
+        betas=(train.beta1, train.beta2),
+        weight_decay=train.weight_decay,
+        fused=True,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=ds_config, dist_init_required=False
+    )
+    return engine
+
+
+def reduce(values: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """All-reduce in place and return the tensor."""
+    dist.all_reduce(values, op)
+    return values
