@@ -23,17 +23,19 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
+from configs import checkpoints
 from configs.contract import norm_and_head_sha256, require_same, target_contract
 from configs.errors import ConfigError, InputError
 from configs.files import read_json, sha256_file, write_json
 from configs.progress import log, task
 from configs.schema import RunConfig
+from configs.target import target_config
 from export import fp8
 from export.check import check
 from export.checkpoint import INDEX, Checkpoint, mtp_prefix
 from export.keymap import DROPPED, account, is_quantized, layer_shapes
 
-__all__ = ["MANIFEST", "Plan", "export", "plan", "prepare", "refuse_name", "run"]
+__all__ = ["MANIFEST", "Plan", "export", "find_checkpoint", "plan", "prepare", "refuse_name", "run"]
 
 MANIFEST = "layer61.json"
 Layout = Literal["nextn", "sglang-legacy", "stitched"]
@@ -111,6 +113,11 @@ class Plan:
         """Whether scales are powers of two: as the target's are, and by default."""
         return (self.target.quantization or FP8_CONFIG).get("scale_fmt") == "ue8m0"
 
+    @property
+    def num_tensors(self) -> int:
+        """Tensors of the layer as stored, scales included."""
+        return sum(1 + e.quantized for e in self.entries)
+
     def describe(self) -> str:
         """The plan in one line."""
         what = "the released layer" if self.weights.directory == self.target.directory else "the layer"
@@ -118,7 +125,7 @@ class Plan:
         form = "fp8" if self.quantization == "fp8" else "unquantised"
         links = f" and {len(self.links)} links" if self.layout == "stitched" else ""
         return (
-            f"{what}{step} as {self.layout}, {form}: {len(self.entries):,} tensors,"
+            f"{what}{step} as {self.layout}, {form}: {self.num_tensors:,} tensors,"
             f" {self.num_bytes / 1e9:,.3f} GB in {len(self.files)} files{links}, to {self.directory}"
         )
 
@@ -467,7 +474,7 @@ def export(
         log("export", planned.describe())
         return {
             "directory": str(planned.directory),
-            "tensors": len(planned.entries),
+            "tensors": planned.num_tensors,
             "bytes": planned.num_bytes,
             "files": list(planned.files),
         }
@@ -512,7 +519,7 @@ def _write(plan: Plan, directory: Path, identity: dict[str, Any]) -> dict[str, A
             weight_map |= dict.fromkeys(tensors, file)
             total += sum(t.nbytes for t in tensors.values())
             progress.advance(sum(t.nbytes for t in tensors.values()), file)
-    log("export", f"{unchanged:,} of {len(plan.entries):,} tensors are as released and keep their bits")
+    log("export", f"{unchanged:,} of {len(plan.entries):,} weights are as released and keep their bits")
     for file in plan.links:
         (directory / file).symlink_to((target.directory / file).resolve())
     if plan.links:
@@ -552,7 +559,7 @@ def _write(plan: Plan, directory: Path, identity: dict[str, Any]) -> dict[str, A
         "step": plan.step,
         "weights": str(plan.weights.directory),
         "target": str(plan.target.directory),
-        "tensors": len(plan.entries),
+        "tensors": plan.num_tensors,
         "unchanged": unchanged,
         "bytes": plan.num_bytes,
         "servers": servers,
@@ -563,15 +570,24 @@ def _write(plan: Plan, directory: Path, identity: dict[str, Any]) -> dict[str, A
     return manifest
 
 
-def _arguments(config: RunConfig) -> dict[str, Any]:
-    """Arguments of `export` that a configuration means.
+def find_checkpoint(config: RunConfig) -> Path:
+    """Directory of the weights that `export.checkpoint` means: `best`, `last`, `released` or a path.
 
     Raises:
         ConfigError: no target is set.
-        InputError: there is no such checkpoint in the run directory.
+        InputError: the run directory holds no whole checkpoint.
     """
     if config.target.path is None:
-        raise ConfigError("target.path is not set", "name the directory of the target checkpoint")
+        raise ConfigError("target.path is not set", "set it to the directory of the target checkpoint")
+    wanted = config.export.checkpoint
+    if wanted == "released":
+        return config.target.path
+    if wanted in ("best", "last") or (Path(wanted) / checkpoints.COMMIT).exists():
+        return checkpoints.locate(config.run.dir, wanted)
+    return Path(wanted)
+
+
+def _arguments(config: RunConfig) -> dict[str, Any]:
     return {
         "weights_dir": find_checkpoint(config),
         "target_dir": config.target.path,
@@ -581,39 +597,38 @@ def _arguments(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def find_checkpoint(config: RunConfig) -> Path:
-    """Directory of the weights that `export.checkpoint` means: `best`, `last`, `released` or a path.
+def plan(config: RunConfig) -> str:
+    """One line: what `layer61 export` will write, with sizes; by the target's sizes alone before training.
 
     Raises:
-        InputError: the run directory holds no finished checkpoint.
+        ConfigError, InputError: as `prepare`.
     """
-    wanted = config.export.checkpoint
-    if wanted == "released":
-        assert config.target.path is not None
-        return config.target.path
-    if wanted not in ("best", "last"):
-        return Path(wanted)
-    folder = config.run.dir / "checkpoints"
-    # the manifest is the last file of a checkpoint; without it there is none
-    finished = sorted(p.parent for p in folder.glob(f"step_*/{MANIFEST}"))
-    if not finished:
-        raise InputError(
-            f"{folder} holds no finished checkpoint",
-            "run `layer61 train` first, or set export.checkpoint to a directory or to released",
-        )
-    if wanted == "last":
-        return finished[-1]
-    try:
-        best = read_json(folder / "best.json")
-        return folder / best["checkpoint"]
-    except (OSError, ValueError, KeyError, TypeError):
-        log("export", f"{folder} names no best checkpoint; taking the last one, {finished[-1].name}")
-        return finished[-1]
-
-
-def plan(config: RunConfig) -> str:
-    """One line: what `layer61 export` will write, with sizes."""
-    return prepare(**_arguments(config)).describe()
+    refuse_name(config.export_dir)
+    if config.target.path is not None and config.target.path.exists():
+        try:
+            return prepare(**_arguments(config)).describe()
+        except InputError as error:
+            if checkpoints.committed(config.run.dir) or config.export.checkpoint not in ("best", "last"):
+                raise
+            waiting = error.message
+    else:
+        waiting = f"there is no target at {config.target.path}"
+    sizes = target_config(config.target.path, planning=True)
+    as_fp8 = config.export.quantization == "fp8"
+    as_fp8 |= config.export.quantization == "auto" and "quantization_config" in sizes
+    count = num_bytes = 0
+    for name, shape in layer_shapes(sizes).items():
+        if name not in DROPPED:
+            quantized = as_fp8 and is_quantized(name)
+            dtype = torch.float8_e4m3fn if quantized else torch.bfloat16
+            dtype = torch.float32 if name.endswith("e_score_correction_bias") else dtype
+            stored = Entry(name, name, shape, dtype, quantized).stored(fp8.BLOCK)
+            count += len(stored)
+            num_bytes += sum(_num_bytes(*x) for x in stored.values())
+    return (
+        f"a layer as {config.export.layout}, {'fp8' if as_fp8 else 'unquantised'}: {count:,} tensors,"
+        f" {num_bytes / 1e9:,.3f} GB, to {config.export_dir.absolute()}; not yet: {waiting}"
+    )
 
 
 def run(config: RunConfig) -> dict[str, Any]:

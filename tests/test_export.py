@@ -381,15 +381,25 @@ def test_plan_states_sizes_and_writes_nothing(trained, tiny_checkpoint, tmp_path
 
 def test_the_verb_finds_the_checkpoint(trained, tiny_checkpoint, tmp_path):
     run = tmp_path / "run"
-    config = RunConfig.model_validate(
-        {"run": {"dir": run}, "target": {"path": tiny_checkpoint}, "export": {"checkpoint": "last"}}
-    )
-    with pytest.raises(InputError, match="no finished checkpoint"):
-        nextn.plan(config)
-    shutil.copytree(trained, run / "checkpoints/step_000007")
-    (run / "checkpoints/step_000009/weights").mkdir(parents=True)  # not finished
-    assert "of step 7 as nextn" in nextn.plan(config)
+    values = {"run": {"dir": run}, "target": {"path": tiny_checkpoint}, "export": {"checkpoint": "last"}}
+    config = RunConfig.model_validate(values)
+    assert "not yet" in nextn.plan(config)
+    with pytest.raises(InputError, match="no whole checkpoint"):
+        nextn.run(config)
+    step = run / "checkpoints/step_000007"
+    shutil.copytree(trained, step)
+    shutil.copytree(trained, run / "checkpoints/step_000009")  # killed before its commit
+    files = {str(p.relative_to(step)): p.stat().st_size for p in step.rglob("*") if p.is_file()}
+    (step / "COMMIT.json").write_text(json.dumps({"format": 1, "files": files}))
+    assert "the layer of step 7 as nextn" in nextn.plan(config)
     assert nextn.run(config)["directory"] == str(run / "nextn")
+    values["export"] = {"checkpoint": "released", "dir": tmp_path / "other"}
+    assert "the released layer as nextn" in nextn.plan(RunConfig.model_validate(values))
+
+
+def test_the_plan_of_the_real_run_needs_no_model(tmp_path):
+    config = RunConfig.model_validate({"target": {"path": tmp_path / "DeepSeek-V3.2"}})
+    assert "fp8: 1,569 tensors, 11.73" in nextn.plan(config)
 
 
 # bad input
