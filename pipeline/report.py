@@ -1,0 +1,191 @@
+"""One self-contained HTML page about a run: figures and tables of what was measured; no scripts, no links."""
+
+import html
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from configs.errors import InputError
+from configs.files import atomic_write, read_json
+
+__all__ = ["write"]
+
+STYLE = """
+body { font: 16px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1f2328 }
+table { border-collapse: collapse; margin: 1rem 0 } svg { max-width: 100%; height: auto }
+td, th { padding: .3rem .8rem; border-bottom: 1px solid #d0d7de }
+td + td, th + th { text-align: right; font-variant-numeric: tabular-nums }
+"""
+
+
+def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line cut short by a kill is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _svg(figure: Any) -> str:
+    out = io.StringIO()
+    figure.savefig(out, format="svg", bbox_inches="tight")
+    text = out.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _axes(title: str, x: str, y: str) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2))
+    axes = figure.subplots()
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def _curves(
+    rows: list[dict[str, Any]], title: str, y: str, names: dict[str, str], percent: bool = False
+) -> str:
+    """One figure of some metrics over optimizer steps; empty where none of them was recorded."""
+    axes = _axes(title, "optimizer step", y)
+    drawn = False
+    for name, label in names.items():
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 40 else None)
+            drawn = True
+    if not drawn:
+        return ""
+    if percent:
+        axes.yaxis.set_major_formatter("{x:.0%}")
+    if len(names) > 1:
+        axes.legend(frameon=False)
+    return _svg(axes.figure)
+
+
+def _bars(before: list[float], after: list[float]) -> str:
+    axes = _axes("Acceptance on held-out conversations, served in vLLM", "draft position", "accepted")
+    places = range(1, len(before) + 1)
+    axes.bar([p - 0.2 for p in places], before, 0.38, label="before: the target's own layer", color="#8c959f")
+    axes.bar([p + 0.2 for p in places], after, 0.38, label="after: trained", color="#0969da")
+    axes.set_xticks(list(places))
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.legend(frameon=False)
+    return _svg(axes.figure)
+
+
+def _table(header: list[str], rows: list[list[Any]]) -> str:
+    def line(tag: str, cells: list[Any]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+
+    return f"<table>{line('th', header)}{''.join(line('td', row) for row in rows)}</table>"
+
+
+def _acceptance(run: Path) -> str:
+    """Served acceptance before and after, beside the offline evaluator's figures where there are any."""
+    parts = []
+    offline = {p.name.split(".")[1]: read_json(p) for p in sorted(run.glob("evaluate.*.json"))}
+    if (run / "verify.json").exists():
+        served = read_json(run / "verify.json")
+        before, after = served.get("before"), served.get("after")
+        if before and after:
+            rows = [
+                [
+                    "acceptance length",
+                    f"{before['acceptance_length']:.3f}",
+                    f"{after['acceptance_length']:.3f}",
+                ]
+            ]
+            pairs = zip(before["acceptance_per_position"], after["acceptance_per_position"], strict=True)
+            rows += [
+                [f"accepted at position {k + 1}", f"{a:.1%}", f"{b:.1%}"] for k, (a, b) in enumerate(pairs)
+            ]
+            parts.append(_bars(before["acceptance_per_position"], after["acceptance_per_position"]))
+            parts.append(_table(["served in vLLM", "before", "after"], rows))
+    if offline:
+        rows = [
+            [
+                name,
+                f"{x['acceptance_length']:.3f}",
+                " ".join(f"{a:.1%}" for a in x["acceptance_per_position"]),
+            ]
+            for name, x in offline.items()
+        ]
+        parts.append(_table(["offline evaluator", "acceptance length", "by position"], rows))
+    return "".join(parts)
+
+
+def _stages(summary: dict[str, Any]) -> str:
+    rows = [
+        [n, f"{s['seconds']:.0f} s", f"{s['bytes'] / 2**20:,.1f} MiB"] for n, s in summary["stages"].items()
+    ]
+    rows.append(["peak memory", f"{summary['peak_rss_bytes'] / 2**30:.1f} GiB", ""])
+    return _table(["stage", "time", "on disk"], rows)
+
+
+def write(run: Path) -> Path:
+    """Write `RUN/report.html` from what the run directory holds so far.
+
+    Raises:
+        InputError: the directory is missing, or nothing in it was made by this program.
+    """
+    known = ("metrics.jsonl", "verify.json", "summary.json", "evaluate.*.json", "config.*.json")
+    if not any(found for pattern in known for found in run.glob(pattern)):
+        raise InputError(f"{run} is not a run directory: it holds none of {', '.join(known)}", "name RUN=...")
+    rows = _read_metrics(run / "metrics.jsonl")
+    steps = sorted({name.rpartition("pos")[2] for row in rows for name in row if "top1_pos" in name})
+    positions = sorted(
+        {n.rpartition("_")[2] for row in rows for n in row if n.startswith("evaluate/acceptance_")}
+    )
+    summary = read_json(run / "summary.json") if (run / "summary.json").exists() else None
+    sections = [
+        ("Acceptance", _acceptance(run)),
+        (
+            "Training",
+            _curves(rows, "Loss", "loss", {"train/loss": "loss"})
+            + _curves(
+                rows,
+                "Draft and target agree on the most likely token",
+                "of predictions",
+                {f"train/top1_pos{s}": f"draft step {s}" for s in steps},
+                percent=True,
+            )
+            + _curves(
+                rows,
+                "Acceptance length on held-out documents, offline",
+                "tokens a step",
+                {"evaluate/acceptance_length": "acceptance length"},
+            )
+            + _curves(
+                rows,
+                "Acceptance by position on held-out documents, offline",
+                "accepted",
+                {f"evaluate/acceptance_{p}": f"position {p}" for p in positions if p.isdigit()},
+                percent=True,
+            )
+            + _curves(rows, "Speed", "tokens a second", {"perf/tok_s": "tokens a second"})
+            + _curves(rows, "Waiting for the store", "of a step", {"data/wait_frac": "share"}, percent=True),
+        ),
+        ("Stages", _stages(summary) if summary else ""),
+        (
+            "Versions",
+            _table(["package", "version"], [*map(list, summary["versions"].items())]) if summary else "",
+        ),
+        (
+            "Settings",
+            "".join(
+                f"<h3>{html.escape(p.name)}</h3><pre>{html.escape(p.read_text(encoding='utf-8'))}</pre>"
+                for p in sorted(run.glob("config.*.json"))
+            ),
+        ),
+    ]
+    body = "".join(f"<h2>{title}</h2>{content}" for title, content in sections if content)
+    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(run.name)}</title>"
+    page += f"<style>{STYLE}</style><h1>layer61: {html.escape(str(run))}</h1>{body}</html>\n"
+    atomic_write(run / "report.html", page)
+    return run / "report.html"

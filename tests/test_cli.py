@@ -1,0 +1,71 @@
+"""The command line: help, exit codes, one clear message and never a traceback."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from configs.load import settings
+from pipeline.cli import main
+
+
+def run(capsys, *words):
+    code = main([str(word) for word in words])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize("verb", ["target", "dump", "train", "evaluate", "export", "verify", "demo"])
+def test_help_lists_every_setting_of_the_verb_with_its_default(capsys, verb):
+    with pytest.raises(SystemExit) as ended:
+        main([verb, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    section = {"target": "tiny", "demo": "tiny"}.get(verb, verb)
+    for name, key, default, _, _ in settings():
+        if name == section:
+            assert f"{name}.{key} = {json.dumps(default, default=str)}" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["dump", "--dry-run", "dump.stroe=x"], 2, ["dump.stroe", "did you mean dump.store?"]),
+        (["train", "nowhere.toml"], 2, ["nowhere.toml", "configs/ holds"]),
+        (["fly"], 2, ["fly", "--help"]),
+        (["dump", "--dri-run"], 2, ["--dri-run"]),
+        (["train", "--dry-run"], 2, ["target.path"]),
+        (["dump", "--dry-run", "target.path=nowhere", "prompts.path=nowhere.jsonl"], 3, ["nowhere"]),
+        (["export", "target.path=nowhere"], 3, ["nowhere"]),
+        (["store", "info", "nowhere"], 3, ["nowhere"]),
+        (["store", "verify", "nowhere"], 3, ["nowhere"]),
+        (["report", "nowhere"], 3, ["nowhere"]),
+    ],
+)
+def test_wrong_usage_and_input(capsys, words, code, said):
+    found, _, err = run(capsys, *words)
+    assert found == code
+    flat = " ".join(err.split())
+    assert all(text in flat for text in said)
+
+
+@pytest.mark.parametrize("verb", ["dump", "train", "export"])
+def test_dry_run_of_the_real_configuration_needs_no_model(verb, tmp_path):
+    """On a machine that has neither the checkpoint nor the conversations."""
+    conversations = tmp_path / "prompts.jsonl"
+    conversations.write_text(
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    )
+    command = [sys.executable, "-m", "pipeline", verb, "configs/deepseek-v3.2.toml", "--dry-run"]
+    command += [f"run.dir={tmp_path / 'run'}", f"prompts.path={conversations}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said = {
+        "dump": ["14,336 bytes"],
+        "train": ["11,608,", "GiB", "steps"],
+        "export": ["fp8"],
+    }[verb]
+    assert all(text in done.stderr for text in said), done.stderr
+    assert not (tmp_path / "run").exists()
