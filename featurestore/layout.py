@@ -23,6 +23,7 @@ __all__ = [
     "array_metadata",
     "check_name",
     "chunk_count",
+    "chunk_stride",
     "concatenated_crc",
     "dump_json",
     "group_metadata",
@@ -42,6 +43,7 @@ CHUNK_BYTES = 1 << 20
 MAX_CHUNK_TOKENS = 64
 TOKEN_CHUNK = 1024  # tokens of one chunk of input_ids and loss_mask
 CRC_BYTES = 4
+ALIGNMENT = 64  # of uncompressed chunks in a shard: unaligned copies out of the page cache cost a fifth more
 
 # name, numpy type: one row a document, in manifest order
 INDEX_FIELDS = (
@@ -83,10 +85,15 @@ def chunk_count(rows: int, chunk_rows: int) -> int:
     return -(-rows // chunk_rows)
 
 
+def chunk_stride(chunk_bytes: int) -> int:
+    """Distance of two uncompressed chunks: the data, its crc32c, and zeros up to the alignment."""
+    return -(-(chunk_bytes + CRC_BYTES) // ALIGNMENT) * ALIGNMENT
+
+
 def shard_bytes(rows: int, row_bytes: int, chunk_rows: int) -> int:
-    """Size of an uncompressed shard object: chunks with their checksums, then the index and its checksum."""
+    """Size of an uncompressed shard object: chunks, then the index and its checksum."""
     chunks = chunk_count(rows, chunk_rows)
-    return chunks * (chunk_rows * row_bytes + CRC_BYTES) + chunks * 16 + CRC_BYTES
+    return chunks * chunk_stride(chunk_rows * row_bytes) + chunks * 16 + CRC_BYTES
 
 
 def object_path(array: str) -> str:
@@ -150,7 +157,7 @@ def group_metadata(record: dict[str, Any], arrays: dict[str, Any] | None = None)
 
 def dump_json(value: Any) -> bytes:
     """The bytes of a JSON document as the store writes it."""
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(value, ensure_ascii=False) + "\n").encode()
 
 
 def _crc_of(record: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ against. Adding, dropping and merging parts writes the next version; no data is 
 once are safe: a version is created once, and who comes second starts again from what the first one wrote.
 """
 
+import contextlib
 import os
 import re
 import time
@@ -141,10 +142,9 @@ def write_index(objects: Objects, version: int, index: Index) -> dict[str, Any]:
         data = index[field].astype(dtype, copy=False).tobytes()
         data += crc32c(data).to_bytes(CRC_BYTES, "little")
         for name, content in ((object_path(field), data), (f"{field}/zarr.json", dump_json(arrays[field]))):
-            stream = objects.stream(f"{directory}/{name}")
-            stream.write([content])
-            stream.close()
+            objects.put(f"{directory}/{name}", content)
             entries[name] = {"bytes": len(content), "crc32c": f"{crc32c(content):08x}"}
+    objects.sync(directory)
     return {"path": directory, "objects": entries}
 
 
@@ -275,8 +275,10 @@ def collect(
     require_root(objects)
     committed = committed_parts(objects)
     keep = {p.rsplit("/", 1)[-1] for p in committed.values()}
-    versions = manifest_versions(objects)
-    indexes = {read_manifest(objects, v)["index"]["path"].rsplit("/", 1)[-1] for v in versions}
+    versions, indexes = manifest_versions(objects), set()
+    for version in versions:
+        with contextlib.suppress(StoreCorruptError):
+            indexes.add(read_manifest(objects, version)["index"]["path"].rsplit("/", 1)[-1])
     before = time.time() - older_than_s
     removed = []
     for prefix, live in (("parts", keep), ("index", indexes)):

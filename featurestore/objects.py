@@ -1,10 +1,13 @@
 """Where objects lie: a local directory, or an object store through obstore.
 
-Both backends have the same methods. Names are relative to the store and use `/`. A missing object raises
-FileNotFoundError, a create-only write of an existing one FileExistsError, everything else a StoreError.
+Both backends have the same methods. `write` publishes an object atomically and durably, and with `create`
+only if it is new; `put` and `stream` write objects that nothing refers to yet, durable after `sync` or `commit`.
+Names are relative to the store and use `/`. A missing object raises FileNotFoundError, a create-only write of
+an existing one FileExistsError, everything else a StoreError.
 """
 
 import contextlib
+import ctypes
 import errno
 import functools
 import os
@@ -22,6 +25,8 @@ __all__ = ["Objects", "RangeFile", "Stream", "Window", "open_objects"]
 
 Buffer = Any  # bytes, bytearray or a memoryview of bytes
 
+NOWAIT = getattr(os, "RWF_NOWAIT", 0)
+WRITE_BEHIND = 16 << 20  # bytes after which a file being written is pushed towards the disk
 REMOTE_PIECE = 8 << 20  # bytes of one range request; longer ranges are fetched in parallel
 REMOTE_THREADS = 16
 REMOTE_TRIES = 6
@@ -44,7 +49,7 @@ class RangeFile(Window, Protocol):
 
 
 class Stream(Protocol):
-    """An object being written; it is there once `close` returns, durably."""
+    """An object being written."""
 
     def write(self, buffers: Sequence[Buffer]) -> None: ...
     def close(self) -> None: ...
@@ -58,7 +63,9 @@ class Objects(Protocol):
 
     def read(self, name: str) -> bytes: ...
     def write(self, name: str, data: bytes, *, create: bool = False) -> None: ...
+    def put(self, name: str, data: bytes) -> None: ...
     def stream(self, name: str) -> Stream: ...
+    def sync(self, prefix: str) -> None: ...
     def open(self, name: str, size: int | None = None) -> RangeFile: ...
     def exists(self, name: str) -> bool: ...
     def empty(self) -> bool: ...
@@ -67,19 +74,20 @@ class Objects(Protocol):
     def delete(self, prefix: str) -> None: ...
     def modified(self, prefix: str) -> float: ...
     def commit(self, staging: str, final: str) -> str: ...
+    def move(self, prefix: str, to: str) -> None: ...
     def copy_from(self, other: "Objects", prefix: str, to: str) -> None: ...
 
 
-def open_objects(url: str | os.PathLike[str] | Objects) -> Objects:
+def open_objects(url: str | os.PathLike[str] | Objects, *, durable: bool = True) -> Objects:
     """Objects of a path, `file://`, `memory://`, `s3://`, `gs://` or `az://` URL; creates nothing."""
     if not isinstance(url, str | os.PathLike):
         return url
     text = os.fspath(url)
     scheme = urlsplit(text).scheme if "://" in text else ""
     if scheme == "file":
-        return LocalObjects(unquote(urlsplit(text).path))
+        return LocalObjects(unquote(urlsplit(text).path), durable)
     if not scheme:
-        return LocalObjects(text)
+        return LocalObjects(text, durable)
     return RemoteObjects(text)
 
 
@@ -104,7 +112,22 @@ def _explained(doing: str, path: str) -> Iterator[None]:
         raise StoreError(f"cannot {doing} {path}: {error.strerror}", hint) from error
 
 
-def _sync_directory(path: str) -> None:
+@functools.cache
+def _sync_file_range() -> Any:
+    function = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
+    if function is not None:
+        function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return function
+
+
+def _start_writing(fd: int, offset: int, length: int) -> None:
+    """Have the kernel begin to write a range to disk, so that the commit waits less; only a hint."""
+    function = _sync_file_range()
+    if function is not None and length:
+        function(fd, offset, length, 2)  # SYNC_FILE_RANGE_WRITE
+
+
+def _sync(path: str) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -126,6 +149,13 @@ class LocalFile:
             os.close(self.fd)
 
     def window(self, offset: int, length: int) -> "LocalFile":
+        """Reads pieces straight from the file; asks the kernel for the whole span if it is not in memory."""
+        try:
+            os.preadv(self.fd, [bytearray(1)], offset + length // 2, NOWAIT)
+        except BlockingIOError:
+            os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_WILLNEED)
+        except OSError:  # a file system without such reads
+            pass
         return self
 
     def readv(self, buffers: Sequence[memoryview], offset: int) -> None:
@@ -144,27 +174,31 @@ class LocalFile:
 
 
 class LocalStream:
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, durable: bool) -> None:
+        self.path, self.durable = path, durable
         with _explained("write", path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self.written = self.started = 0
 
     def write(self, buffers: Sequence[Buffer]) -> None:
         data = [memoryview(b).cast("B") for b in buffers]
         with _explained("write", self.path):
             while data:  # a write may be short
                 n = os.writev(self.fd, data[:1000])
+                self.written += n
                 while data and n >= len(data[0]):
                     n -= len(data.pop(0))
                 if n:
                     data[0] = data[0][n:]
+        if self.durable and self.written - self.started >= WRITE_BEHIND:
+            _start_writing(self.fd, self.started, self.written - self.started)
+            self.started = self.written
 
     def close(self) -> None:
-        if self.fd >= 0:
-            with _explained("write", self.path):
-                os.fsync(self.fd)
-            self.abort()
+        if self.fd >= 0 and self.durable:
+            _start_writing(self.fd, self.started, self.written - self.started)
+        self.abort()
 
     def abort(self) -> None:
         if self.fd >= 0:
@@ -173,9 +207,10 @@ class LocalStream:
 
 
 class LocalObjects:
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, durable: bool = True) -> None:
         self.root = os.path.abspath(root)
         self.url = str(root)
+        self.durable = durable
 
     def _path(self, name: str) -> str:
         return os.path.join(self.root, name)
@@ -194,7 +229,8 @@ class LocalObjects:
                 with open(partial, "wb") as f:
                     f.write(data)
                     f.flush()
-                    os.fsync(f.fileno())
+                    if self.durable:
+                        os.fsync(f.fileno())
                 if create:
                     os.link(partial, path)
                 else:
@@ -202,10 +238,28 @@ class LocalObjects:
             finally:
                 with contextlib.suppress(OSError):
                     os.unlink(partial)
-            _sync_directory(directory)
+            if self.durable:
+                _sync(directory)
 
     def stream(self, name: str) -> LocalStream:
-        return LocalStream(self._path(name))
+        return LocalStream(self._path(name), self.durable)
+
+    def put(self, name: str, data: bytes) -> None:
+        stream = self.stream(name)
+        try:
+            stream.write([data])
+        finally:
+            stream.close()
+
+    def sync(self, prefix: str) -> None:
+        """Wait until everything below `prefix` is on disk; in parallel, so that a journal commits once."""
+        if not self.durable:
+            return
+        paths = []
+        for directory, _, files in os.walk(self._path(prefix)):
+            paths += [os.path.join(directory, file) for file in files] + [directory]
+        with _explained("write", self._path(prefix)), ThreadPoolExecutor(len(paths)) as pool:
+            list(pool.map(_sync, paths))
 
     def open(self, name: str, size: int | None = None) -> LocalFile:
         return LocalFile(self._path(name))
@@ -222,7 +276,7 @@ class LocalObjects:
         """Whether nothing is there yet."""
         with _explained("list", self.root):
             try:
-                return not os.listdir(self.root)
+                return all(name.startswith(".") for name in os.listdir(self.root))
             except FileNotFoundError:
                 return True
 
@@ -266,8 +320,7 @@ class LocalObjects:
     def commit(self, staging: str, final: str) -> str:
         """Move a finished directory to its name, all at once; FileExistsError if the name is taken."""
         source, target = self._path(staging), self._path(final)
-        for directory, _, _ in os.walk(source):
-            _sync_directory(directory)
+        self.sync(staging)
         with _explained("commit", target):
             try:
                 os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -276,8 +329,15 @@ class LocalObjects:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                     raise FileExistsError(target) from None
                 raise
-        _sync_directory(os.path.dirname(target))
+        if self.durable:
+            _sync(os.path.dirname(target))
         return final
+
+    def move(self, prefix: str, to: str) -> None:
+        """Rename a directory."""
+        with _explained("move", self._path(prefix)):
+            os.makedirs(os.path.dirname(self._path(to)), exist_ok=True)
+            os.rename(self._path(prefix), self._path(to))
 
     def copy_from(self, other: Objects, prefix: str, to: str) -> None:
         """Link every object below `prefix` of another local store to `to` here; no data is copied."""
@@ -456,6 +516,12 @@ class RemoteObjects:
                 use_multipart=False,
             )
 
+    def put(self, name: str, data: bytes) -> None:
+        self.write(name, data)
+
+    def sync(self, prefix: str) -> None:
+        """Nothing to do: an object store answers when an object is safe."""
+
     def stream(self, name: str) -> RemoteStream:
         return RemoteStream(self, name)
 
@@ -517,6 +583,15 @@ class RemoteObjects:
         name = final.rsplit("/", 1)[-1]
         self.write(f"commits/{name}", staging.encode(), create=True)
         return staging
+
+    def move(self, prefix: str, to: str) -> None:
+        """Rename every object below `prefix`, the group's own metadata first: it is no part from then on."""
+        import obstore
+
+        names = [name for name, _ in self.entries(prefix)]
+        for name in sorted(names, key=lambda n: n != f"{prefix}/zarr.json"):
+            with self.explained("move", name):
+                obstore.rename(self.store, self.key(name), self.key(to + name[len(prefix) :]))
 
     def copy_from(self, other: Objects, prefix: str, to: str) -> None:
         """Server-side copy of every object below `prefix` of a store in the same bucket."""

@@ -26,6 +26,7 @@ from featurestore.layout import (
     TOKEN_CHUNK,
     VERIFY_HINT,
     chunk_count,
+    chunk_stride,
     object_path,
     shard_bytes,
 )
@@ -70,7 +71,7 @@ def _scratch_bytes(size: int) -> memoryview:
     """Memory of this thread for the rows beside the ones asked for."""
     held = getattr(_scratch, "view", None)
     if held is None or len(held) < size:
-        held = _scratch.view = memoryview(bytearray(size))
+        held = _scratch.view = torch.empty(size, dtype=torch.uint8).numpy().data  # aligned, unlike bytearray
     return held
 
 
@@ -83,6 +84,7 @@ class Shard:
         self.file, self.part, self.array, self.url = file, part, array, url
         self.rows, self.row_bytes, self.chunk_rows = rows, row_bytes, chunk_rows
         self.chunks = chunk_count(rows, chunk_rows)
+        self.stride = chunk_stride(chunk_rows * row_bytes)
         self.crcs: list[int] = []
         self.index: np.ndarray | None = None  # of compressed chunks: offset and length, uint64 [C, 2]
 
@@ -108,8 +110,7 @@ class Shard:
         """Offset and length of the chunks that hold rows [start, stop)."""
         first, last = start // self.chunk_rows, chunk_count(stop, self.chunk_rows)
         if self.index is None:
-            stride = self.chunk_rows * self.row_bytes + CRC_BYTES
-            return first * stride, (last - first) * stride
+            return first * self.stride, (last - first) * self.stride
         offset = int(self.index[first, 0])
         return offset, int(self.index[last - 1].sum()) - offset
 
@@ -136,7 +137,7 @@ class Shard:
             spare = _scratch_bytes(size)
             buffers = [spare[:low], target, spare[low : low + size - high]]
         trailer = memoryview(bytearray(CRC_BYTES))
-        window.readv([*buffers, trailer], chunk * (size + CRC_BYTES))
+        window.readv([*buffers, trailer], chunk * self.stride)
         crc = 0
         for view in buffers:
             crc = crc32c(view, crc)

@@ -5,6 +5,7 @@ written lies in a staging directory of its own; what a killed writer leaves ther
 and removed by `collect`.
 """
 
+import functools
 import json
 import os
 import time
@@ -26,6 +27,7 @@ from featurestore.layout import (
     PartExistsError,
     array_metadata,
     check_name,
+    chunk_stride,
     concatenated_crc,
     dump_json,
     group_metadata,
@@ -40,6 +42,11 @@ __all__ = ["StoreWriter", "committed_parts", "part_exists", "read_root"]
 PART_BYTES = 1 << 30
 
 
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "numpy", "crc32c")}
+
+
 class ShardWriter:
     """Streams rows into one Zarr shard object: chunks, each with its crc32c, then the index.
 
@@ -52,6 +59,7 @@ class ShardWriter:
     ) -> None:
         self.stream, self.row_bytes = stream, row_bytes
         self.chunk_bytes = row_bytes * chunk_rows
+        self.padding = bytes(chunk_stride(self.chunk_bytes) - self.chunk_bytes - CRC_BYTES)
         self.compress = compress
         self.filled = 0  # bytes of the open chunk
         self.crc = 0  # of the open chunk
@@ -79,15 +87,15 @@ class ShardWriter:
             if self.compress:
                 self._finish_compressed()
             else:
-                self._finish([piece], self.chunk_bytes)
+                self._finish(piece, self.chunk_bytes, self.padding)
 
-    def _finish(self, last: list[Any], length: int) -> None:
-        trailer = self.crc.to_bytes(CRC_BYTES, "little")
-        self.stream.write([*last, trailer])
+    def _finish(self, last: Any, length: int, padding: bytes) -> None:
+        trailer = self.crc.to_bytes(CRC_BYTES, "little") + padding
+        self.stream.write([last, trailer])
         self.index.append((self.position, length + CRC_BYTES))
         self.crcs.append(self.crc)
         self.object_crc = crc32c(trailer, concatenated_crc(self.object_crc, self.crc, length))
-        self.position += length + CRC_BYTES
+        self.position += length + len(trailer)
         self.filled = self.crc = 0
 
     def _finish_compressed(self) -> None:
@@ -95,10 +103,10 @@ class ShardWriter:
         data = self.compress(self.gathered)
         self.gathered = bytearray()
         self.crc = crc32c(data)
-        self._finish([data], len(data))
+        self._finish(data, len(data), b"")
 
     def close(self) -> tuple[int, int]:
-        """Pad the last chunk, write the index, make the object durable; returns its size and crc32c."""
+        """Pad the last chunk, write the index and close; returns the size and crc32c of the object."""
         if self.filled:
             self.append(memoryview(bytes(self.chunk_bytes - self.filled)))
         index = np.array(self.index, "<u8").tobytes()
@@ -122,7 +130,9 @@ class StoreWriter:
         run: name of this run, the first piece of the part names; random by default.
         part: exact name of the one part to write, for work that must be harmless to repeat.
         compression: `none` or `zstd` (level 1, `hidden` only).
-        part_bytes: states of a part after which it is committed and the next begun; not with `part`.
+        part_bytes: bytes of states after which a part is committed and the next begun; not with `part`.
+        durable: wait for the disk before a part is committed; without it a part survives the death of the
+            process, not that of the machine.
 
     Raises:
         ContractError: the store holds states made under another contract.
@@ -140,6 +150,7 @@ class StoreWriter:
         part: str | None = None,
         compression: str = "none",
         part_bytes: int = PART_BYTES,
+        durable: bool = True,
     ) -> None:
         if compression not in ("none", "zstd"):
             raise InputError(f"compression {compression!r} is unknown", "use none or zstd")
@@ -148,19 +159,21 @@ class StoreWriter:
         self.writer = check_name(writer, "writer")
         self.run = check_name(run or os.urandom(4).hex(), "run")
         self.exact = check_name(part, "part") if part is not None else None
-        self._objects = open_objects(path)
+        self._objects = open_objects(path, durable=durable)
         self.url = self._objects.url
         self._sequence = 0
         root = read_root(self._objects)
+        if root is None and not self._objects.empty():
+            root = read_root(self._objects)  # another writer may just have made it
+            if root is None:
+                raise StoreError(
+                    f"{self.url} is not a feature store and not empty", "choose a new or empty directory"
+                )
         if root is not None:
             hint = "write to another store, or dump with the settings of this one"
             require_same(self.contract, root["contract"], f"this writer and store {self.url}", hint=hint)
             if self.exact and part_exists(self._objects, self.exact):
                 raise _exists(self.exact, self.url)
-        elif not self._objects.empty():
-            raise StoreError(
-                f"{self.url} is not a feature store and not empty", "choose a new or empty directory"
-            )
         else:
             self._create_root()
         self._reset()
@@ -342,7 +355,7 @@ class StoreWriter:
 
         def add(array: str, metadata: dict[str, Any], size: int, crc: int) -> None:
             text = dump_json(metadata)
-            self._put(f"{staging}/{array}/zarr.json", text)
+            self._objects.put(f"{staging}/{array}/zarr.json", text)
             arrays[array] = metadata
             objects[object_path(array)] = {"bytes": size, "crc32c": f"{crc:08x}"}
             objects[f"{array}/zarr.json"] = {"bytes": len(text), "crc32c": f"{crc32c(text):08x}"}
@@ -354,7 +367,7 @@ class StoreWriter:
                 "hidden": array_metadata(
                     [tokens, states, width],
                     "bfloat16",
-                    ["token", "state", "hidden"],
+                    ["token", "state", "channel"],
                     self._chunk_tokens,
                     zstd,
                 ),
@@ -370,7 +383,7 @@ class StoreWriter:
             ):
                 data = values.tobytes()
                 data += crc32c(data).to_bytes(CRC_BYTES, "little")
-                self._put(f"{staging}/{object_path(array)}", data)
+                self._objects.put(f"{staging}/{object_path(array)}", data)
                 add(
                     array,
                     array_metadata([len(values)], values.dtype.name, [dimension]),
@@ -391,7 +404,7 @@ class StoreWriter:
                 "run": self.run,
                 "writer": self.writer,
                 "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "versions": {name: version(name) for name in ("torch", "numpy", "crc32c")},
+                "versions": _versions(),
             },
             "objects": objects,
             "n_loss": self._n_loss,
@@ -399,12 +412,7 @@ class StoreWriter:
             "sources": list(self._sources),
             "sample_source": self._sample_source,
         }
-        self._put(f"{staging}/zarr.json", dump_json(group_metadata(record, arrays)))
-
-    def _put(self, name: str, data: bytes) -> None:
-        stream = self._objects.stream(name)
-        stream.write([data])
-        stream.close()
+        self._objects.put(f"{staging}/zarr.json", dump_json(group_metadata(record, arrays)))
 
     def discard(self) -> None:
         """Throw the open part away."""
