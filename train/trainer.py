@@ -238,6 +238,9 @@ def _train(config: RunConfig, rank: int, world: int, caught: list[int]) -> dict[
     share_S = (share_S / share_S.sum()).to(device)
     evaluated: dict[str, Any] = dict(saved.meta["metrics"]) if saved else {}
 
+    # where the loader stands after the last whole step: it may be a batch ahead when a signal comes
+    position = loader.state_dict()
+
     def evaluate(step: int) -> dict[str, Any]:
         """Acceptance on held-out documents, the same on every rank; nothing where the store has none."""
         if not store.held_out.any():
@@ -269,7 +272,7 @@ def _train(config: RunConfig, rank: int, world: int, caught: list[int]) -> dict[
         return found
 
     def save(step: int) -> None:
-        meta = {"contract": contract, "loader": loader.state_dict(), "metrics": evaluated}
+        meta = {"contract": contract, "loader": position, "metrics": evaluated}
         path = checkpoint.save(engine, ops, config.run.dir, step, meta, keep=settings.keep_checkpoints)
         if first:
             log("train", f"saved {path}")
@@ -306,7 +309,7 @@ def _train(config: RunConfig, rank: int, world: int, caught: list[int]) -> dict[
                 engine.step()
                 sums += _sums(found.loss, found.agree, found.overlap, rows.valid)
             zero.reduce(sums)
-            step += 1
+            step, position = step + 1, loader.state_dict()
             values = _values(sums, counts, world * accumulation)
             if not math.isfinite(values["train/loss"]):
                 raise Layer61Error(
