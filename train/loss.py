@@ -25,7 +25,7 @@ class HeadLoss(NamedTuple):
     agree: Tensor
     """bool, shape of the student without its last dimension: student and teacher have the same arg-max."""
     overlap: Tensor
-    """float32, same shape: sum over the vocabulary of min(p, q), the chance that a sampled draft is accepted."""
+    """float32, same shape: sum over v of min(p[v], q[v]), the chance that a sampled draft is accepted."""
     per_token: Tensor
     """float32, same shape: the loss of each token, without its weight."""
 
@@ -46,7 +46,7 @@ def _rows(backend: str) -> Any:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """The gradient is formed in the forward, while a chunk's logits are at hand, and scaled in the backward."""
+    """The gradient is formed in the forward, while a chunk's logits are there, and scaled in the backward."""
 
     @staticmethod
     def forward(
@@ -66,8 +66,7 @@ class _HeadLoss(torch.autograd.Function):
         V = len(head_VD)
         backward = ctx.needs_input_grad[0]
         grad_STD = torch.empty_like(student_STD) if backward else None
-        like = {"device": student_STD.device, "dtype": weights_ST.dtype}
-        per_token_ST, overlap_ST = torch.zeros(steps, T, **like), torch.zeros(steps, T, **like)
+        per_token_ST, overlap_ST = weights_ST.new_zeros(steps, T), weights_ST.new_zeros(steps, T)
         agree_ST = torch.zeros(steps, T, dtype=torch.bool, device=student_STD.device)
         s_CV = student_STD.new_empty(min(chunk, T), V)
         t_CV = torch.empty_like(s_CV)
@@ -136,8 +135,8 @@ def head_loss(
         teacher: [T, D], dtype of `student`.
         head: [V, D], dtype of `student`.
         loss: name of the loss.
-        weights: float32, shape of `student` without D; ones by default. A token of weight 0 has no part in the
-            loss and a gradient of exact zeros, whatever its states hold.
+        weights: float32, shape of `student` without D; ones by default. A token of weight 0 has no part in
+            the loss and a gradient of exact zeros, whatever its states hold.
         targets: int64 [T], required by `ce`; not read where the weight is 0.
         temperature: above 0.
         chunk: tokens whose logits are held at once; by default what fits 0.5 GB (a few MB on CPU).
@@ -183,19 +182,22 @@ def head_loss(
             raise ValueError("targets: found none, expected int64 [T], which the loss ce compares with")
         if targets.shape != shape[-1:] or targets.dtype != torch.int64:
             raise ValueError(
-                f"targets: found {targets.dtype} {list(targets.shape)}, expected torch.int64 {list(shape[-1:])}"
+                f"targets: found {targets.dtype} {list(targets.shape)},"
+                f" expected torch.int64 {list(shape[-1:])}"
             )
         if targets.device.type == "cpu":
             used = targets[(weights != 0).view(-1, len(targets)).any(0)]
-            if len(used) and not 0 <= int(used.min()) <= int(used.max()) < len(head):
-                raise ValueError(
-                    f"targets: found ids from {int(used.min())} to {int(used.max())}, expected 0 to {len(head) - 1}"
-                )
+            low, high = map(int, used.aminmax()) if len(used) else (0, 0)
+            if low < 0 or high >= len(head):
+                raise ValueError(f"targets: found ids from {low} to {high}, expected 0 to {len(head) - 1}")
     else:
         targets = None
-    for name, t in (("teacher", teacher), ("head", head), ("weights", weights), ("targets", targets)):
-        if t is not None and t.device != student.device:
-            raise ValueError(f"{name}: found on {t.device}, expected on {student.device}, where student is")
+    others = {"teacher": teacher, "head": head, "weights": weights, "targets": targets}
+    for name, other in others.items():
+        if other is not None and other.device != student.device:
+            raise ValueError(
+                f"{name}: found on {other.device}, expected on {student.device}, where student is"
+            )
     steps_first = student if student.dim() == 3 else student[None]
     result = _HeadLoss.apply(
         steps_first.contiguous(),
@@ -206,7 +208,7 @@ def head_loss(
         targets,
         float(temperature),
         chunk or default_chunk(len(head), student.device),
-        backend or "torch",
+        backend or ("triton" if student.device.type == "cuda" and wide == torch.float32 else "torch"),
     )
     total, agree, overlap, per_token = result
     return HeadLoss(total, agree.view(shape), overlap.view(shape), per_token.view(shape))

@@ -20,8 +20,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from train.kernels import moe as moe_host
 from train.kernels.launch import INTERPRETED, Call, record
+from train.loss import head_loss
 
-__all__ = ["SHARED_LIMIT", "Reading", "compile_call", "moe_calls"]
+__all__ = ["SHARED_LIMIT", "Reading", "compile_call", "loss_calls", "moe_calls"]
 
 SHARED_LIMIT = {"sm80": 101376, "sm90": 232448, "sm100": 232448}
 """Bytes of shared memory a program may have (CUDA programming guide, table of technical specifications); for
@@ -65,15 +66,28 @@ def moe_calls(
     return calls
 
 
+def loss_calls(
+    arch: str, loss: str, chunk: int, D: int, V: int, dtype: torch.dtype = torch.bfloat16
+) -> list[Call]:
+    """The launch of one chunk of the head loss."""
+    student = torch.empty(chunk, D, device="meta", dtype=dtype).requires_grad_()
+    head = torch.empty(V, D, device="meta", dtype=dtype)
+    targets = torch.empty(chunk, dtype=torch.int64, device="meta")
+    with record(arch) as calls:
+        head_loss(
+            student, torch.empty_like(student), head, loss, targets=targets, chunk=chunk, backend="triton"
+        )
+    return calls
+
+
 def operand_bytes(call: Call) -> int:
-    """Bytes of the tiles one step of the contraction loads, from the launch alone; 0 without a contraction."""
-    name, tile = call.kernel.fn.__name__, call.tile
-    matrices = [a for a in call.arguments.values() if isinstance(a, TensorDescriptor)]
-    if not matrices:
+    """Bytes of the tiles one step of the contraction loads; 0 without a contraction."""
+    tile, arguments = call.tile, call.arguments
+    if "BK" not in arguments:
         return 0
-    size = matrices[0].base.dtype.itemsize
-    columns = 2 * tile.n if name == "_up_fwd_kernel" else tile.n
-    return (tile.m + columns) * tile.k * size
+    size = next(a.base if isinstance(a, TensorDescriptor) else a for a in arguments.values()).dtype.itemsize
+    matrices = 2 if call.kernel.fn.__name__ == "_up_fwd_kernel" else 1
+    return (tile.m + matrices * tile.n) * tile.k * size
 
 
 def compile_call(call: Call, arch: str) -> Reading:

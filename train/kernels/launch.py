@@ -5,8 +5,9 @@ compiled ahead of time, on a machine without its GPU, exactly as it would be com
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from train.kernels.tiles import TABLE, Tile
 
-__all__ = ["INTERPRETED", "Call", "descriptor", "launch", "record", "require_device", "tile_for"]
+__all__ = ["INTERPRETED", "Call", "launch", "matrix", "record", "require_device", "tile_for", "use_tiles"]
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether the kernels run in Triton's interpreter (TRITON_INTERPRET=1 when this module was imported)."""
@@ -35,6 +36,7 @@ class _Recording(NamedTuple):
 
 
 _recording: ContextVar[_Recording | None] = ContextVar("recording", default=None)
+_replaced: ContextVar[Mapping[str, Tile]] = ContextVar("replaced", default=MappingProxyType({}))
 
 
 @contextlib.contextmanager
@@ -46,6 +48,16 @@ def record(arch: str) -> Iterator[list[Call]]:
         yield calls
     finally:
         _recording.reset(token)
+
+
+@contextlib.contextmanager
+def use_tiles(**tiles: Tile) -> Iterator[None]:
+    """Put tiles in place of the table's, by kernel name; in this thread, which autograd's is not on a GPU."""
+    token = _replaced.set({**_replaced.get(), **tiles})
+    try:
+        yield
+    finally:
+        _replaced.reset(token)
 
 
 def architecture(device: torch.device) -> str:
@@ -74,6 +86,8 @@ def tile_for(kernel: str, device: torch.device, dtype: torch.dtype, rows_per_exp
         dtype: of its matrix operands.
         rows_per_expert: mean number of rows; decides the shape class.
     """
+    if kernel in _replaced.get():
+        return _replaced.get()[kernel]
     arch = architecture(device)
     name = str(dtype).removeprefix("torch.")
     shape = "short" if rows_per_expert <= 512 else "long"
@@ -83,9 +97,11 @@ def tile_for(kernel: str, device: torch.device, dtype: torch.dtype, rows_per_exp
     raise KeyError(f"no tile for {kernel} on {arch} with {name}")
 
 
-def descriptor(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Descriptor of a contiguous matrix (of the last two dimensions, if three) read in tiles."""
-    return TensorDescriptor.from_tensor(matrix.view(-1, matrix.shape[-1]), [rows, columns])
+def matrix(tensor: torch.Tensor, rows: int, columns: int, tile: Tile) -> TensorDescriptor | torch.Tensor:
+    """What a kernel reads a contiguous matrix through (of the last two dimensions, if three), in tiles."""
+    if not tile.descriptors:
+        return tensor
+    return TensorDescriptor.from_tensor(tensor.view(-1, tensor.shape[-1]), [rows, columns])
 
 
 def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:

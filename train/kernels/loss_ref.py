@@ -30,7 +30,8 @@ def head_loss_reference(
     """All logits at once; arguments as `train.loss.head_loss` takes them, two-dimensional student only.
 
     Returns:
-        loss (scalar), agree bool [T], overlap [T] and the loss of each token [T]; differentiable in all inputs.
+        loss (scalar), agree bool [T], overlap [T] and the loss of each token [T]; the first is differentiable
+        in all inputs.
     """
     wide = torch.promote_types(student_TD.dtype, torch.float32)
     s = F.linear(student_TD, head_VD).to(wide) / temperature

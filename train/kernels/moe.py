@@ -54,13 +54,16 @@ def route(topk_ids: Tensor, num_experts: int) -> Routing:
 
 
 def default_backend(x: Tensor, w1: Tensor) -> Backend:
-    """Triton on a CUDA device that can hold the tiles, grouped_mm on others, the loop on CPU."""
+    """Triton on a GPU from sm_80 on, grouped_mm on older ones; the loop on CPU, and where neither fits.
+
+    Both need rows of a multiple of 16 bytes, and bfloat16 or float32.
+    """
     if x.device.type != "cuda":
         return "torch"
     aligned = all(n * x.element_size() % 16 == 0 for n in w1.shape[1:])
     if not aligned or x.dtype not in (torch.bfloat16, torch.float32):
         return "torch"
-    return "grouped_mm"
+    return "triton" if torch.cuda.get_device_capability(x.device)[0] >= 8 else "grouped_mm"
 
 
 def check(
@@ -195,7 +198,7 @@ def moe(
         for label, buffer, w in zip(("w1", "w3", "w2"), main_grads, (w1, w3, w2), strict=True):
             if buffer.shape != w.shape or buffer.dtype != torch.float32 or not buffer.is_contiguous():
                 raise ValueError(
-                    f"main_grads: found {buffer.dtype} {list(buffer.shape)} for {label}, expected a contiguous"
-                    f" torch.float32 {list(w.shape)}"
+                    f"main_grads: found {buffer.dtype} {list(buffer.shape)} for {label}, expected"
+                    f" torch.float32 {list(w.shape)}, contiguous"
                 )
     return _Moe.apply(x.contiguous(), topk_ids, topk_weights, w1, w3, w2, ops, main_grads)

@@ -5,6 +5,7 @@ Rows are sorted by expert once; everything that is not a matrix product works on
 Legend: T tokens, D model width, F expert width, E experts, K experts a token, N = T * K sorted rows.
 """
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,7 +52,7 @@ class Experts:
         T, K = topk_weights.shape
         x_ND = x.index_select(0, routing.token)
         g_NF, u_NF = self.multiply_nt(x_ND, w1), self.multiply_nt(x_ND, w3)
-        # the router weight goes in before the down projection: F is narrower than D, and what is left is a sum
+        # the router weight goes in before the down projection, where rows are narrower; what is left is a sum
         weight_N1 = topk_weights.reshape(-1).index_select(0, routing.order)[:, None]
         h_NF = (F.silu(g_NF) * u_NF).mul_(weight_N1.to(x.dtype))
         y_ND = self.multiply_nt(h_NF, w2)
@@ -112,7 +113,7 @@ class Loop(Experts):
     def __init__(self, routing: "Routing") -> None:
         super().__init__(routing)
         bounds = routing.offsets.tolist()
-        self.spans = [(e, a, b) for e, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)) if b > a]
+        self.spans = [(e, a, b) for e, (a, b) in enumerate(pairwise(bounds)) if b > a]
         self.complete = len(self.spans) == len(bounds) - 1
 
     def multiply_nt(self, a: Tensor, w: Tensor) -> Tensor:

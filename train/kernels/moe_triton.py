@@ -1,8 +1,8 @@
 """Triton kernels of the routed experts, forward and backward.
 
 Rows are sorted by expert but never copied: a kernel reads the tokens of its rows through the index `token`.
-Every product runs over row tiles that lie within one expert; weights come through tensor descriptors (TMA where
-the hardware has it), which also frees the registers that their addresses would take.
+Every product runs over row tiles that lie within one expert; weights come through tensor descriptors (TMA
+where the hardware has it), which also frees the registers that their addresses would take.
 
     up_fwd       g = x[token] w1^T, u = x[token] w3^T, h = weight silu(g) u         [N, F]
     down_fwd     rows = h w2^T                                                     [N, D]
@@ -13,8 +13,8 @@ the hardware has it), which also frees the registers that their addresses would 
 
 The output of the down projection is not kept: the gradient of a router weight is <dy, w2 h> = <dy w2, h>.
 
-Legend: T tokens, D model width, F expert width, E experts, K experts a token, N = T * K sorted rows; BM, BN, BK
-rows, columns and contraction step of a tile.
+Legend: T tokens, D model width, F expert width, E experts, K experts a token, N = T * K sorted rows; BM, BN,
+BK rows, columns and contraction step of a tile.
 """
 
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from train.kernels.launch import descriptor, launch, require_device, tile_for
+from train.kernels.launch import launch, matrix, require_device, tile_for
 
 if TYPE_CHECKING:
     from train.kernels.moe import Routing
@@ -43,16 +43,36 @@ def _place(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _read(
+    matrix, row, column, height, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """A tile of a matrix [height, WIDTH], zeros beyond its ends."""
+    if DESCRIPTORS:
+        tile = matrix.load([row, column])
+    else:
+        r = row + tl.arange(0, ROWS)
+        c = column + tl.arange(0, COLUMNS)
+        at = r.to(tl.int64)[:, None] * WIDTH + c[None, :]
+        if WIDTH % COLUMNS == 0:
+            tile = tl.load(matrix + at, mask=(r < height)[:, None], other=0.0)
+        else:
+            tile = tl.load(matrix + at, mask=(r < height)[:, None] & (c < WIDTH)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit(do_not_specialize=["tiles_m", "N"])
 def _up_fwd_kernel(
-    x, w1, w3, g, u, h, token, order, weight, tile_expert, tile_row, offsets, tiles_m,
-    D: tl.constexpr, F: tl.constexpr,
+    x, w1, w3, g, u, h, token, order, weight, tile_expert, tile_row, offsets, tiles_m, N,
+    E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, DESCRIPTORS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     tile, tile_n = _place(tl.program_id(0), tiles_m, tl.cdiv(F, BN), GROUP)
     expert = tl.load(tile_expert + tile)
     if expert < 0:
         return
-    rows = tl.load(tile_row + tile) + tl.arange(0, BM)
+    row = tl.load(tile_row + tile)
+    rows = row + tl.arange(0, BM)
     inside = rows < tl.load(offsets + expert + 1)
     source = tl.load(token + rows, mask=inside, other=0).to(tl.int64)
     k = tl.arange(0, BK)
@@ -63,22 +83,26 @@ def _up_fwd_kernel(
     for k0 in range(0, D, BK):
         # a row outside reads token 0, and is not stored
         a = tl.load(a_ptr + k0) if D % BK == 0 else tl.load(a_ptr + k0, mask=k[None, :] < D - k0, other=0.0)
-        acc_g = tl.dot(a, w1.load([w_row, k0]).T, acc_g, input_precision="ieee")
-        acc_u = tl.dot(a, w3.load([w_row, k0]).T, acc_u, input_precision="ieee")
+        b = _read(w1, w_row, k0, E * F, D, BN, BK, DESCRIPTORS).T
+        acc_g = tl.dot(a, b, acc_g, input_precision="ieee")
+        b = _read(w3, w_row, k0, E * F, D, BN, BK, DESCRIPTORS).T
+        acc_u = tl.dot(a, b, acc_u, input_precision="ieee")
     w = tl.load(weight + tl.load(order + rows, mask=inside, other=0), mask=inside, other=0.0)
     columns = tile_n * BN + tl.arange(0, BN)
-    out = rows.to(tl.int64)[:, None] * F + columns[None, :]
     mask = inside[:, None] & (columns < F)[None, :]
-    tl.store(g + out, acc_g.to(g.dtype.element_ty), mask=mask)
-    tl.store(u + out, acc_u.to(u.dtype.element_ty), mask=mask)
+    # the first row counts in 64 bits, what lies within a tile in 32: that halves the addresses' registers
+    first = row.to(tl.int64) * F
+    at = tl.arange(0, BM)[:, None] * F + columns[None, :]
+    tl.store(g + first + at, acc_g.to(g.dtype.element_ty), mask=mask)
+    tl.store(u + first + at, acc_u.to(u.dtype.element_ty), mask=mask)
     acc = acc_g * tl.sigmoid(acc_g) * acc_u * w[:, None]
-    tl.store(h + out, acc.to(h.dtype.element_ty), mask=mask)
+    tl.store(h + first + at, acc.to(h.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_m", "N"])
 def _down_fwd_kernel(
-    h, w2, y, tile_expert, tile_row, offsets, tiles_m,
-    D: tl.constexpr, F: tl.constexpr,
+    h, w2, y, tile_expert, tile_row, offsets, tiles_m, N,
+    E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, DESCRIPTORS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     tile, tile_n = _place(tl.program_id(0), tiles_m, tl.cdiv(D, BN), GROUP)
@@ -89,11 +113,14 @@ def _down_fwd_kernel(
     acc = tl.zeros((BM, BN), tl.float32)
     w_row = expert * D + tile_n * BN
     for k0 in range(0, F, BK):
-        acc = tl.dot(h.load([row, k0]), w2.load([w_row, k0]).T, acc, input_precision="ieee")
+        a = _read(h, row, k0, N, F, BM, BK, DESCRIPTORS)
+        b = _read(w2, w_row, k0, E * D, F, BN, BK, DESCRIPTORS).T
+        acc = tl.dot(a, b, acc, input_precision="ieee")
     rows = row + tl.arange(0, BM)
     columns = tile_n * BN + tl.arange(0, BN)
     mask = (rows < tl.load(offsets + expert + 1))[:, None] & (columns < D)[None, :]
-    tl.store(y + rows.to(tl.int64)[:, None] * D + columns[None, :], acc.to(y.dtype.element_ty), mask=mask)
+    at = tl.arange(0, BM)[:, None] * D + columns[None, :]
+    tl.store(y + row.to(tl.int64) * D + at, acc.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -111,16 +138,47 @@ def _gather_sum_kernel(
 
 
 @triton.jit
+def _swiglu_bwd(
+    acc, w, g, u, dg, du, h, inside, column, F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PART: tl.constexpr,
+):  # fmt: skip
+    """Epilogue of down_bwd: fills dg, du and h from acc = dy w2, returns the rows' sums of acc silu(g) u.
+
+    Halves the columns until PART are left: all of g and u beside the accumulator would not fit the registers.
+    """
+    if BN > PART:
+        HALF: tl.constexpr = BN // 2
+        left, right = tl.split(tl.reshape(acc, (BM, 2, HALF)).permute(0, 2, 1))
+        dw = _swiglu_bwd(left, w, g, u, dg, du, h, inside, column, F, BM, HALF, PART)
+        dw += _swiglu_bwd(right, w, g, u, dg, du, h, inside, column + HALF, F, BM, HALF, PART)
+    else:
+        columns = column + tl.arange(0, BN)
+        at = tl.arange(0, BM)[:, None] * F + columns[None, :]
+        mask = inside[:, None] & (columns < F)[None, :]
+        gate = tl.load(g + at, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(u + at, mask=mask, other=0.0).to(tl.float32)
+        sig = tl.sigmoid(gate)
+        silu = gate * sig
+        dw = tl.sum(acc * silu * up, 1)
+        tl.store(h + at, (silu * up * w[:, None]).to(h.dtype.element_ty), mask=mask)
+        acc = acc * w[:, None]
+        tl.store(du + at, (acc * silu).to(du.dtype.element_ty), mask=mask)
+        tl.store(dg + at, (acc * up * sig * (1 + gate * (1 - sig))).to(dg.dtype.element_ty), mask=mask)
+    return dw
+
+
+@triton.jit(do_not_specialize=["tiles_m", "N"])
 def _down_bwd_kernel(
     dy, w2, g, u, dg, du, h, dweight, token, order, weight, tile_expert, tile_row, offsets, tiles_m, N,
-    D: tl.constexpr, F: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+    E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     tile, tile_n = _place(tl.program_id(0), tiles_m, tl.cdiv(F, BN), GROUP)
     expert = tl.load(tile_expert + tile)
     if expert < 0:
         return
-    rows = tl.load(tile_row + tile) + tl.arange(0, BM)
+    row = tl.load(tile_row + tile)
+    rows = row + tl.arange(0, BM)
     inside = rows < tl.load(offsets + expert + 1)
     source = tl.load(token + rows, mask=inside, other=0).to(tl.int64)
     k = tl.arange(0, BK)
@@ -129,37 +187,20 @@ def _down_bwd_kernel(
     for k0 in range(0, D, BK):
         # the last step of a ragged D reads on into the next expert's weight: this side must be zero there
         a = tl.load(a_ptr + k0) if D % BK == 0 else tl.load(a_ptr + k0, mask=k[None, :] < D - k0, other=0.0)
-        acc = tl.dot(a, w2.load([expert * D + k0, tile_n * BN]), acc, input_precision="ieee")
+        b = _read(w2, expert * D + k0, tile_n * BN, E * D, F, BK, BN, DESCRIPTORS)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
     w = tl.load(weight + tl.load(order + rows, mask=inside, other=0), mask=inside, other=0.0)
-    dw = tl.zeros((BM,), tl.float32)
-    # a part of the columns at a time: all of g and u beside the accumulator would not fit the registers
-    BP: tl.constexpr = BN // PARTS
-    parts = tl.reshape(acc, (BM, PARTS, BP)).permute(0, 2, 1) if PARTS == 2 else acc
-    if PARTS == 2:
-        left, right = tl.split(parts)
-    else:
-        left, right = acc, acc
-    for part in tl.static_range(PARTS):
-        a = left if part == 0 else right
-        columns = tile_n * BN + part * BP + tl.arange(0, BP)
-        at = rows.to(tl.int64)[:, None] * F + columns[None, :]
-        mask = inside[:, None] & (columns < F)[None, :]
-        gate = tl.load(g + at, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(u + at, mask=mask, other=0.0).to(tl.float32)
-        sig = tl.sigmoid(gate)
-        silu = gate * sig
-        dw += tl.sum(a * silu * up, 1)
-        tl.store(h + at, (silu * up * w[:, None]).to(h.dtype.element_ty), mask=mask)
-        a = a * w[:, None]
-        tl.store(du + at, (a * silu).to(du.dtype.element_ty), mask=mask)
-        tl.store(dg + at, (a * up * sig * (1 + gate * (1 - sig))).to(dg.dtype.element_ty), mask=mask)
+    first = row.to(tl.int64) * F
+    dw = _swiglu_bwd(
+        acc, w, g + first, u + first, dg + first, du + first, h + first, inside, tile_n * BN, F, BM, BN, PART
+    )
     tl.store(dweight + tile_n.to(tl.int64) * N + rows, dw, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_m", "N"])
 def _up_bwd_kernel(
-    dg, du, w1, w3, dx, tile_expert, tile_row, offsets, tiles_m,
-    D: tl.constexpr, F: tl.constexpr,
+    dg, du, w1, w3, dx, tile_expert, tile_row, offsets, tiles_m, N,
+    E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, DESCRIPTORS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     tile, tile_n = _place(tl.program_id(0), tiles_m, tl.cdiv(D, BN), GROUP)
@@ -170,23 +211,28 @@ def _up_bwd_kernel(
     acc = tl.zeros((BM, BN), tl.float32)
     # columns of dg and du beyond F come as zeros, so that the next expert's rows of a ragged F count nothing
     for k0 in range(0, F, BK):
-        acc = tl.dot(dg.load([row, k0]), w1.load([expert * F + k0, tile_n * BN]), acc, input_precision="ieee")
+        a = _read(dg, row, k0, N, F, BM, BK, DESCRIPTORS)
+        b = _read(w1, expert * F + k0, tile_n * BN, E * F, D, BK, BN, DESCRIPTORS)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
     for k0 in range(0, F, BK):
-        acc = tl.dot(du.load([row, k0]), w3.load([expert * F + k0, tile_n * BN]), acc, input_precision="ieee")
+        a = _read(du, row, k0, N, F, BM, BK, DESCRIPTORS)
+        b = _read(w3, expert * F + k0, tile_n * BN, E * F, D, BK, BN, DESCRIPTORS)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
     rows = row + tl.arange(0, BM)
     columns = tile_n * BN + tl.arange(0, BN)
     mask = (rows < tl.load(offsets + expert + 1))[:, None] & (columns < D)[None, :]
-    tl.store(dx + rows.to(tl.int64)[:, None] * D + columns[None, :], acc.to(dx.dtype.element_ty), mask=mask)
+    at = tl.arange(0, BM)[:, None] * D + columns[None, :]
+    tl.store(dx + row.to(tl.int64) * D + at, acc.to(dx.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _weight_grad_kernel(
     dense, gathered, dw, token, offsets,
-    D: tl.constexpr, F: tl.constexpr,
+    D: tl.constexpr, F: tl.constexpr, DESCRIPTORS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     TRANSPOSED: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
-    """dw[e] = dense^T gathered [F, D] (w1, w3), or its transpose [D, F] (w2); BM tiles F, BN tiles D, BK rows."""
+    """dw[e] = dense^T gathered [F, D] (w1, w3), or its transpose [D, F] (w2); tiles of BM and BN, BK rows a step."""
     tiles_m: tl.constexpr = tl.cdiv(F, BM)
     tiles_n: tl.constexpr = tl.cdiv(D, BN)
     expert = tl.program_id(0) // (tiles_m * tiles_n)
@@ -194,6 +240,7 @@ def _weight_grad_kernel(
     start = tl.load(offsets + expert).to(tl.int32)
     end = tl.load(offsets + expert + 1).to(tl.int32)
     k = tl.arange(0, BK)
+    rows = tile_m * BM + tl.arange(0, BM)
     columns = tile_n * BN + tl.arange(0, BN)
     inside = (columns < D)[None, :]
     acc = tl.zeros((BM, BN), tl.float32)
@@ -203,11 +250,15 @@ def _weight_grad_kernel(
     for row in range(start, end, BK):
         mask = (row + k < end)[:, None]
         b = tl.load(gathered + source[:, None] * D + columns[None, :], mask=mask & inside, other=0.0)
-        a = dense.load([row, tile_m * BM])
+        if DESCRIPTORS:
+            a = dense.load([row, tile_m * BM]).T
+        else:
+            # read the other way round: a transposition would stop Ampere's loads from being pipelined
+            at = (row + k).to(tl.int64)[None, :] * F + rows[:, None]
+            a = tl.load(dense + at, mask=(rows < F)[:, None] & (row + k < end)[None, :], other=0.0)
         following = row + BK + k
         source = tl.load(token + following, mask=following < end, other=0).to(tl.int64)
-        acc = tl.dot(a.T, b, acc, input_precision="ieee")
-    rows = tile_m * BM + tl.arange(0, BM)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
     mask = (rows < F)[:, None] & inside
     at = rows[:, None] + columns[None, :] * F if TRANSPOSED else rows[:, None] * D + columns[None, :]
     out = dw + expert.to(tl.int64) * (D * F) + at
@@ -244,20 +295,22 @@ def gather_sum(rows_ND: Tensor, inverse_N: Tensor, topk: int) -> Tensor:
     y = rows_ND.new_empty(N // topk, D)
     tile = tile_for("gather_sum", rows_ND.device, torch.bfloat16)
     programs = N // topk * triton.cdiv(D, tile.n)
-    launch(
-        _gather_sum_kernel, programs, tile, rows=rows_ND, inverse=inverse_N, y=y, D=D, K=topk, BN=tile.n
-    )
+    launch(_gather_sum_kernel, programs, tile, rows=rows_ND, inverse=inverse_N, y=y, D=D, K=topk, BN=tile.n)
     return y
 
 
 def _check(x: Tensor, w1: Tensor) -> None:
     require_device(x.device)
     if x.dtype == torch.float64:
-        raise ValueError("x: found torch.float64, expected torch.bfloat16 or torch.float32 with backend triton")
+        raise ValueError(
+            "x: found torch.float64, expected torch.bfloat16 or torch.float32 with backend triton"
+        )
     for name, size in (("x", x.shape[1]), ("w2", w1.shape[1])):
         if size * x.element_size() % 16:
             step = 16 // x.element_size()
-            raise ValueError(f"{name}: found last dimension {size}, expected a multiple of {step} ({x.dtype})")
+            raise ValueError(
+                f"{name}: found last dimension {size}, expected a multiple of {step} ({x.dtype})"
+            )
 
 
 def forward(
@@ -278,8 +331,8 @@ def forward(
         len(experts) * triton.cdiv(F, tile.n),
         tile,
         x=x,
-        w1=descriptor(w1, tile.n, tile.k),
-        w3=descriptor(w3, tile.n, tile.k),
+        w1=matrix(w1, tile.n, tile.k, tile),
+        w3=matrix(w3, tile.n, tile.k, tile),
         g=g,
         u=u,
         h=h,
@@ -290,8 +343,11 @@ def forward(
         tile_row=rows,
         offsets=routing.offsets,
         tiles_m=len(experts),
+        N=N,
+        E=E,
         D=D,
         F=F,
+        DESCRIPTORS=tile.descriptors,
         BM=tile.m,
         BN=tile.n,
         BK=tile.k,
@@ -304,15 +360,18 @@ def forward(
         _down_fwd_kernel,
         len(experts) * triton.cdiv(D, tile.n),
         tile,
-        h=descriptor(h, tile.m, tile.k),
-        w2=descriptor(w2, tile.n, tile.k),
+        h=matrix(h, tile.m, tile.k, tile),
+        w2=matrix(w2, tile.n, tile.k, tile),
         y=y_ND,
         tile_expert=experts,
         tile_row=rows,
         offsets=routing.offsets,
         tiles_m=len(experts),
+        N=N,
+        E=E,
         D=D,
         F=F,
+        DESCRIPTORS=tile.descriptors,
         BM=tile.m,
         BN=tile.n,
         BK=tile.k,
@@ -339,7 +398,10 @@ def backward(
     (E, F, D), (T, K) = w1.shape, topk_weights.shape
     N = T * K
     if not N:
-        zeros = (torch.zeros_like(t) if n else None for n, t in zip(need, (x, topk_weights, w1, w3, w2), strict=True))
+        zeros = (
+            torch.zeros_like(t) if n else None
+            for n, t in zip(need, (x, topk_weights, w1, w3, w2), strict=True)
+        )
         return tuple(zeros)
     token, order, offsets = routing.token.int(), routing.order.int(), routing.offsets
     dg, du, h = (torch.empty_like(g) for _ in range(3))
@@ -353,7 +415,7 @@ def backward(
         len(experts) * tiles_n,
         tile,
         dy=dy,
-        w2=descriptor(w2, tile.k, tile.n),
+        w2=matrix(w2, tile.k, tile.n, tile),
         g=g,
         u=u,
         dg=dg,
@@ -368,13 +430,15 @@ def backward(
         offsets=offsets,
         tiles_m=len(experts),
         N=N,
+        E=E,
         D=D,
         F=F,
+        DESCRIPTORS=tile.descriptors,
         BM=tile.m,
         BN=tile.n,
         BK=tile.k,
         GROUP=tile.group,
-        PARTS=2 if tile.n >= 256 else 1,
+        PART=tile.part,
     )
     dweights = partial.sum(0).index_select(0, routing.inverse).view(T, K) if need_weights else None
     dx = None
@@ -386,17 +450,20 @@ def backward(
             _up_bwd_kernel,
             len(experts) * triton.cdiv(D, tile.n),
             tile,
-            dg=descriptor(dg, tile.m, tile.k),
-            du=descriptor(du, tile.m, tile.k),
-            w1=descriptor(w1, tile.k, tile.n),
-            w3=descriptor(w3, tile.k, tile.n),
+            dg=matrix(dg, tile.m, tile.k, tile),
+            du=matrix(du, tile.m, tile.k, tile),
+            w1=matrix(w1, tile.k, tile.n, tile),
+            w3=matrix(w3, tile.k, tile.n, tile),
             dx=dx_ND,
             tile_expert=experts,
             tile_row=rows,
             offsets=offsets,
             tiles_m=len(experts),
+            N=N,
+            E=E,
             D=D,
             F=F,
+            DESCRIPTORS=tile.descriptors,
             BM=tile.m,
             BN=tile.n,
             BK=tile.k,
@@ -412,13 +479,14 @@ def backward(
             _weight_grad_kernel,
             E * triton.cdiv(F, tile.m) * triton.cdiv(D, tile.n),
             tile,
-            dense=descriptor(dense, tile.k, tile.m),
+            dense=matrix(dense, tile.k, tile.m, tile),
             gathered=gathered,
             dw=dw,
             token=token,
             offsets=offsets,
             D=D,
             F=F,
+            DESCRIPTORS=tile.descriptors,
             BM=tile.m,
             BN=tile.n,
             BK=tile.k,

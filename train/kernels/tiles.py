@@ -25,26 +25,87 @@ class Tile(NamedTuple):
     """Row tiles that share their column tiles in the L2 cache."""
     warps: int
     stages: int
+    part: int = 0
+    """Columns that the epilogue of down_bwd works on at a time; more need more registers."""
+    descriptors: bool = True
+    """Whether matrices are read through tensor descriptors: TMA, where the hardware has it."""
 
 
 TABLE: dict[tuple[str, str, str], dict[str, Tile]] = {
     ("interpreter", "any", "any"): {
         "up_fwd": Tile(16, 32, 32, 2, 4, 1),
         "down_fwd": Tile(16, 32, 32, 2, 4, 1),
-        "down_bwd": Tile(16, 32, 32, 2, 4, 1),
+        "down_bwd": Tile(16, 32, 32, 2, 4, 1, 16),
         "up_bwd": Tile(16, 32, 32, 2, 4, 1),
         "weight_grad": Tile(32, 32, 16, 2, 4, 1),
-        "gather_sum": Tile(4, 32, 1, 1, 4, 1),
+        "gather_sum": Tile(1, 32, 1, 1, 4, 1),
         "loss_rows": Tile(1, 256, 1, 1, 4, 1),
+    },
+    ("sm80", "any", "any"): {
+        "gather_sum": Tile(1, 1024, 1, 1, 4, 1),
+        "loss_rows": Tile(1, 4096, 1, 1, 8, 1),
+    },
+    ("sm80", "float32", "any"): {
+        "up_fwd": Tile(64, 32, 32, 8, 4, 3, 0, False),
+        "down_fwd": Tile(64, 64, 32, 8, 4, 3, 0, False),
+        "down_bwd": Tile(64, 64, 32, 8, 4, 3, 16, False),
+        "up_bwd": Tile(64, 64, 32, 8, 4, 3, 0, False),
+        "weight_grad": Tile(64, 64, 32, 8, 4, 3, 0, False),
+    },
+    ("sm80", "bfloat16", "any"): {
+        "up_fwd": Tile(128, 64, 32, 8, 8, 4, 0, False),
+        "down_fwd": Tile(128, 128, 32, 8, 8, 4, 0, False),
+        "down_bwd": Tile(128, 128, 32, 8, 8, 4, 16, False),
+        "up_bwd": Tile(128, 128, 32, 8, 8, 4, 0, False),
+        "weight_grad": Tile(128, 128, 32, 8, 8, 4, 0, False),
     },
     ("sm90", "any", "any"): {
         "gather_sum": Tile(1, 1024, 1, 1, 4, 1),
         "loss_rows": Tile(1, 4096, 1, 1, 8, 1),
     },
-    ("sm90", "bfloat16", "any"): {
+    ("sm90", "float32", "any"): {
+        "up_fwd": Tile(64, 32, 32, 8, 4, 3, 0, False),
+        "down_fwd": Tile(64, 64, 32, 8, 4, 3, 0, False),
+        "down_bwd": Tile(64, 64, 32, 8, 4, 3, 16, False),
+        "up_bwd": Tile(64, 64, 32, 8, 4, 3, 0, False),
+        "weight_grad": Tile(64, 64, 32, 8, 4, 3, 0, False),
+    },
+    ("sm90", "bfloat16", "short"): {
         "up_fwd": Tile(128, 128, 64, 8, 8, 4),
         "down_fwd": Tile(128, 256, 64, 8, 8, 4),
-        "down_bwd": Tile(128, 256, 64, 8, 8, 4),
+        "down_bwd": Tile(128, 256, 64, 8, 8, 4, 16),
+        "up_bwd": Tile(128, 256, 64, 8, 8, 4),
+        "weight_grad": Tile(128, 128, 64, 8, 4, 3),
+    },
+    ("sm90", "bfloat16", "long"): {
+        "up_fwd": Tile(128, 128, 64, 8, 8, 4),
+        "down_fwd": Tile(128, 256, 64, 8, 8, 4),
+        "down_bwd": Tile(128, 256, 64, 8, 8, 4, 16),
+        "up_bwd": Tile(128, 256, 64, 8, 8, 4),
+        "weight_grad": Tile(128, 256, 64, 8, 8, 4),
+    },
+    ("sm100", "any", "any"): {
+        "gather_sum": Tile(1, 1024, 1, 1, 4, 1),
+        "loss_rows": Tile(1, 4096, 1, 1, 8, 1),
+    },
+    ("sm100", "float32", "any"): {
+        "up_fwd": Tile(64, 32, 32, 8, 4, 3, 0, False),
+        "down_fwd": Tile(64, 64, 32, 8, 4, 3, 0, False),
+        "down_bwd": Tile(64, 64, 32, 8, 4, 3, 16, False),
+        "up_bwd": Tile(64, 64, 32, 8, 4, 3, 0, False),
+        "weight_grad": Tile(64, 64, 32, 8, 4, 3, 0, False),
+    },
+    ("sm100", "bfloat16", "short"): {
+        "up_fwd": Tile(128, 128, 64, 8, 8, 4),
+        "down_fwd": Tile(128, 256, 64, 8, 8, 4),
+        "down_bwd": Tile(128, 256, 64, 8, 8, 4, 16),
+        "up_bwd": Tile(128, 256, 64, 8, 8, 4),
+        "weight_grad": Tile(128, 128, 64, 8, 8, 3),
+    },
+    ("sm100", "bfloat16", "long"): {
+        "up_fwd": Tile(128, 128, 64, 8, 8, 4),
+        "down_fwd": Tile(128, 256, 64, 8, 8, 4),
+        "down_bwd": Tile(128, 256, 64, 8, 8, 4, 16),
         "up_bwd": Tile(128, 256, 64, 8, 8, 4),
         "weight_grad": Tile(128, 256, 64, 8, 8, 4),
     },
