@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from configs.errors import ConfigError, Layer61Error
+from configs.errors import ConfigError, Layer61Error, StoreError
 from configs.load import freeze, load_config, settings
 from configs.progress import console, log
 from configs.schema import RunConfig
@@ -135,11 +135,20 @@ def _store(args: argparse.Namespace) -> int:
     import featurestore
 
     if args.action == "info":
-        console_out(featurestore.render_info(featurestore.info(args.store)))
+        found = featurestore.info(args.store)
+        console_out(json.dumps(found, indent=2) if args.json else featurestore.render_info(found))
         return 0
     if args.action == "verify":
-        return featurestore.verify_and_report(args.store, repair=args.repair)
-    console_out(featurestore.show(args.store, args.document, tokenizer=args.tokenizer))
+        report = featurestore.verify(args.store, repair=args.repair)
+        console_out(featurestore.render_report(report))
+        # a repaired store is whole again, though smaller
+        return 0 if not report.problems or report.published is not None else StoreError.exit_code
+    tokenizer = None
+    if args.tokenizer is not None:
+        from pipeline.prompts import load_tokenizer
+
+        tokenizer = load_tokenizer(args.tokenizer)
+    console_out(featurestore.render_show(featurestore.show(args.store, args.document, tokenizer)))
     return 0
 
 
@@ -203,6 +212,7 @@ def _parser() -> Parser:
     actions = verb.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
     action = actions.add_parser("info", help="totals, lengths, sources, contract, lossless bound")
     action.add_argument("store")
+    action.add_argument("--json", action="store_true", help="print the figures as JSON")
     action = actions.add_parser("verify", help="check every byte")
     action.add_argument("store")
     action.add_argument(
@@ -210,7 +220,7 @@ def _parser() -> Parser:
     )
     action = actions.add_parser("show", help="one document: text, mask, norms of the states")
     action.add_argument("store")
-    action.add_argument("document", nargs="?", type=int, default=0, help="place in the store, from 0")
+    action.add_argument("document", nargs="?", type=int, default=0, help="uid, or place from 0")
     action.add_argument("--tokenizer", type=Path, help="directory of the target, to show text")
     verb.set_defaults(call=_store)
 
