@@ -6,13 +6,12 @@ flipped bit, a cut, missing or foreign object anywhere below a store is found an
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from crc32c import crc32c
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -31,12 +30,12 @@ from featurestore.manifest import (
     read_manifest,
 )
 from featurestore.objects import Objects, open_objects
-from featurestore.reader import FeatureStore, Part
+from featurestore.reader import SHARDED, FeatureStore, open_shard, read_table
 from featurestore.writer import committed_parts, read_root
 
 __all__ = ["Problem", "Report", "render_report", "verify"]
 
-BLOCK = 4 << 20
+SHARD_OBJECTS = {object_path(array): array for array in SHARDED}
 
 
 @dataclass(frozen=True)
@@ -206,49 +205,38 @@ def _check_part(
             bad(object_, "is missing")
         elif sizes[object_] != expected["bytes"]:
             bad(object_, f"{sizes[object_]} bytes, {expected['bytes']} expected")
-        else:
-            crc = 0
-            for block in _blocks(objects, f"{path}/{object_}", expected["bytes"]):
-                crc = crc32c(block, crc)
-                advance(len(block))
-            if f"{crc:08x}" != expected["crc32c"]:
-                where = _bad_chunks(objects, entry, object_)
-                bad(object_, "fails its checksum" + (f" in {where}" if where else ""))
+        elif object_ not in SHARD_OBJECTS:
+            advance(expected["bytes"])
+            try:
+                checked_object(objects, f"{path}/{object_}", expected, f"part {name}")
+            except StoreCorruptError:
+                bad(object_, "fails its checksum")
+    if record["documents"] and not any(p.object == object_path("chunk_crc32c") for p in problems):
+        table = read_table(objects, entry)
+        for object_, array in SHARD_OBJECTS.items():
+            if not any(p.object == object_ for p in problems):
+                text = _check_shard(objects, entry, array, table[array], advance)
+                if text:
+                    bad(object_, text)
     if not problems and rows is not None:
         _check_rows(objects, path, record, rows, bad)
     return problems
 
 
-def _blocks(objects: Objects, name: str, size: int) -> Iterator[memoryview]:
-    file = objects.open(name, size)
-    buffer = memoryview(torch.empty(min(size, BLOCK), dtype=torch.uint8).numpy().data)
-    for offset in range(0, size, BLOCK):
-        block = buffer[: min(BLOCK, size - offset)]
-        file.window(offset, len(block)).readv([block], offset)
-        yield block
-
-
-def _bad_chunks(objects: Objects, entry: dict[str, Any], object_: str) -> str:
-    """Names the chunks of a shard that fail, as far as its part can still be opened."""
+def _check_shard(
+    objects: Objects, entry: dict[str, Any], array: str, crcs: list[int], advance: Callable[[float], None]
+) -> str | None:
+    """What is wrong with a shard of the right size, None if nothing is."""
     try:
-        shards = Part(objects, entry).shards
-    except StoreError:
-        return ""
-    for array, shard in shards.items():
-        if object_ != object_path(array):
-            continue
-        failing = []
-        for chunk in range(shard.chunks):
-            first = chunk * shard.chunk_rows
-            last = min(first + shard.chunk_rows, shard.rows)
-            rows = memoryview(bytearray((last - first) * shard.row_bytes))
-            try:
-                shard.read(shard.file, first, last, rows)
-            except StoreCorruptError:
-                failing.append(str(chunk))
-        shown = ", ".join(failing[:8]) + (" ..." if len(failing) > 8 else "")
-        return f"chunk {shown}" if failing else "the shard index or the padding"
-    return ""
+        shard = open_shard(objects, entry, array)
+    except StoreCorruptError:
+        return "the shard index fails its checksum"
+    shard.crcs = crcs
+    failing = shard.failing_chunks(advance)
+    if failing:
+        shown = ", ".join(map(str, failing[:8])) + (" ..." if len(failing) > 8 else "")
+        return f"fails its checksum in chunk {shown}"
+    return shard.check_index()
 
 
 def _check_rows(

@@ -5,7 +5,6 @@ docs/store.md describes the same bytes in prose. Nothing here touches a disk.
 Shapes: T tokens and N documents of one part, S states of a token, D width of a state, C chunks.
 """
 
-import functools
 import json
 import re
 import sys
@@ -20,11 +19,11 @@ __all__ = [
     "SCHEMA",
     "TOKEN_CHUNK",
     "PartExistsError",
+    "array_checksum",
     "array_metadata",
     "check_name",
     "chunk_count",
     "chunk_stride",
-    "concatenated_crc",
     "dump_json",
     "group_metadata",
     "hidden_chunk_tokens",
@@ -101,6 +100,16 @@ def object_path(array: str) -> str:
     return "hidden/c/0/0/0" if array == "hidden" else f"{array}/c/0"
 
 
+def array_checksum(data: bytes | memoryview) -> int | None:
+    """crc32c of an array stored as one chunk, without its last four bytes; None if those say otherwise.
+
+    The checksum of data that ends in its own crc32c is the same whatever the data are, so checksums that
+    identify an object always leave the stored ones out.
+    """
+    crc = crc32c(memoryview(data)[:-CRC_BYTES])
+    return crc if len(data) >= CRC_BYTES and crc == int.from_bytes(data[-CRC_BYTES:], "little") else None
+
+
 BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
 CRC32C = {"name": "crc32c"}
 ZSTD = {"name": "zstd", "configuration": {"level": 1, "checksum": False}}
@@ -156,8 +165,8 @@ def group_metadata(record: dict[str, Any], arrays: dict[str, Any] | None = None)
 
 
 def dump_json(value: Any) -> bytes:
-    """The bytes of a JSON document as the store writes it."""
-    return (json.dumps(value, ensure_ascii=False) + "\n").encode()
+    """The bytes of a JSON document as the store writes it; without a last newline, so that any cut shows."""
+    return json.dumps(value, ensure_ascii=False).encode()
 
 
 def _crc_of(record: dict[str, Any]) -> str:
@@ -205,22 +214,3 @@ def _checked(record: Any, what: str, url: str) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("crc32c") != _crc_of(record):
         raise StoreCorruptError(f"{what} in {url} fails its checksum", VERIFY_HINT.format(url))
     return record
-
-
-@functools.lru_cache(maxsize=16)
-def _crc_columns(length: int) -> list[int]:
-    zeros = bytes(length)
-    base = crc32c(zeros)
-    return [crc32c(zeros, 1 << bit) ^ base for bit in range(32)]
-
-
-def concatenated_crc(first: int, second: int, length: int) -> int:
-    """crc32c of two byte strings in a row, from the crc32c of each and the length of the second.
-
-    Appending `length` bytes maps the 32 bits of `first` linearly, so that a whole shard is checksummed
-    without a second pass over its data.
-    """
-    for bit, column in enumerate(_crc_columns(length)):
-        if first >> bit & 1:
-            second ^= column
-    return second

@@ -23,6 +23,7 @@ from featurestore.layout import (
     INDEX_FIELDS,
     SCHEMA,
     VERIFY_HINT,
+    array_checksum,
     array_metadata,
     dump_json,
     group_metadata,
@@ -98,7 +99,8 @@ def checked_object(objects: Objects, name: str, entry: dict[str, Any], what: str
         data = objects.read(name)
     except FileNotFoundError:
         raise StoreCorruptError(f"{what}: {name} is missing", VERIFY_HINT.format(objects.url)) from None
-    if len(data) != entry["bytes"] or f"{crc32c(data):08x}" != entry["crc32c"]:
+    crc = crc32c(data) if name.endswith("zarr.json") else array_checksum(data)
+    if len(data) != entry["bytes"] or crc != int(entry["crc32c"], 16):
         raise StoreCorruptError(
             f"{what}: {name} fails its checksum ({len(data)} bytes, {entry['bytes']} expected)",
             VERIFY_HINT.format(objects.url),
@@ -140,10 +142,15 @@ def write_index(objects: Objects, version: int, index: Index) -> dict[str, Any]:
     entries = {"zarr.json": {"bytes": len(root), "crc32c": f"{crc32c(root):08x}"}}
     for field, dtype in INDEX_FIELDS:
         data = index[field].astype(dtype, copy=False).tobytes()
-        data += crc32c(data).to_bytes(CRC_BYTES, "little")
-        for name, content in ((object_path(field), data), (f"{field}/zarr.json", dump_json(arrays[field]))):
+        crc = crc32c(data)
+        data += crc.to_bytes(CRC_BYTES, "little")
+        text = dump_json(arrays[field])
+        for name, content, checksum in (
+            (object_path(field), data, crc),
+            (f"{field}/zarr.json", text, crc32c(text)),
+        ):
             objects.put(f"{directory}/{name}", content)
-            entries[name] = {"bytes": len(content), "crc32c": f"{crc32c(content):08x}"}
+            entries[name] = {"bytes": len(content), "crc32c": f"{checksum:08x}"}
     objects.sync(directory)
     return {"path": directory, "objects": entries}
 

@@ -1,9 +1,9 @@
 """Where objects lie: a local directory, or an object store through obstore.
 
 Both backends have the same methods. `write` publishes an object atomically and durably, and with `create`
-only if it is new; `put` and `stream` write objects that nothing refers to yet, durable after `sync` or `commit`.
-Names are relative to the store and use `/`. A missing object raises FileNotFoundError, a create-only write of
-an existing one FileExistsError, everything else a StoreError.
+only if it is new; `put` and `stream` write objects that nothing refers to yet, durable after `sync` or
+`commit`. Names are relative to the store and use `/`. A missing object raises FileNotFoundError, a
+create-only write of an existing one FileExistsError, everything else a StoreError.
 """
 
 import contextlib

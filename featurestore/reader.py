@@ -11,7 +11,7 @@ Shapes: T tokens of a document, S states of a token, D width of a state.
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from featurestore.layout import (
     CRC_BYTES,
     TOKEN_CHUNK,
     VERIFY_HINT,
+    array_checksum,
     chunk_count,
     chunk_stride,
     object_path,
@@ -93,18 +94,18 @@ class Shard:
             f"part {self.part}: {object_path(self.array)}: {text}", VERIFY_HINT.format(self.url)
         )
 
-    def check_size(self, expected: int) -> None:
-        if self.file.size != expected:
-            raise self.corrupt(f"{self.file.size} bytes, {expected} expected")
-
-    def load_index(self) -> None:
-        """Read the shard index, which compressed chunks need to be found."""
+    def read_index(self) -> np.ndarray:
+        """The shard index: offset and length of every chunk, uint64 [C, 2]."""
         size = self.chunks * 16 + CRC_BYTES
         data = memoryview(bytearray(size))
-        self.file.readv([data], self.file.size - size)
-        if crc32c(data[:-CRC_BYTES]) != int.from_bytes(data[-CRC_BYTES:], "little"):
+        offset = self.file.size - size
+        try:
+            self.file.window(offset, size).readv([data], offset)
+        except EOFError:
+            raise self.corrupt("the shard index is cut off") from None
+        if array_checksum(data) is None:
             raise self.corrupt("the shard index fails its checksum")
-        self.index = np.frombuffer(data, "<u8", self.chunks * 2).reshape(-1, 2)
+        return np.frombuffer(data, "<u8", self.chunks * 2).reshape(-1, 2)
 
     def span(self, start: int, stop: int) -> tuple[int, int]:
         """Offset and length of the chunks that hold rows [start, stop)."""
@@ -159,42 +160,87 @@ class Shard:
         rows = memoryview(Zstd().decode(data[:-CRC_BYTES])).cast("B")
         target[:] = rows[low:high]
 
-
-class Part:
-    """An open part: its three token arrays and the checksums of their chunks."""
-
-    def __init__(self, objects: Objects, entry: dict[str, Any]) -> None:
-        self.name, url = entry["name"], objects.url
-        tokens, row = entry["tokens"], entry["states"] * entry["hidden_size"] * 2
-        compressed = entry["compression"] != "none"
-        self.shards: dict[str, Shard] = {}
-        for array, row_bytes, chunk_rows in (
-            ("hidden", row, entry["chunk_tokens"]),
-            ("input_ids", 4, TOKEN_CHUNK),
-            ("loss_mask", 1, TOKEN_CHUNK),
-        ):
-            size = shard_bytes(tokens, row_bytes, chunk_rows)
-            if array == "hidden":
-                size = entry["hidden_bytes"]
+    def failing_chunks(self, advance: Callable[[float], None]) -> list[int]:
+        """Chunks whose bytes, checksum or padding are not as written; reads everything but the index."""
+        out = memoryview(torch.empty(self.chunk_rows * self.row_bytes, dtype=torch.uint8).numpy().data)
+        padding = memoryview(bytearray(self.stride - len(out) - CRC_BYTES))
+        failing = []
+        for chunk in range(self.chunks):
+            advance(self.file.size / self.chunks)
+            first = chunk * self.chunk_rows
+            stop = first + self.chunk_rows  # the rows beyond the last token are zeros and count as well
             try:
-                file = objects.open(f"{entry['path']}/{object_path(array)}", size)
-            except FileNotFoundError:
-                raise StoreCorruptError(
-                    f"part {self.name}: {object_path(array)} is missing", VERIFY_HINT.format(url)
-                ) from None
-            shard = Shard(file, self.name, array, url, tokens, row_bytes, chunk_rows)
-            shard.check_size(size)
-            self.shards[array] = shard
-        chunks = sum(shard.chunks for shard in self.shards.values())
-        table = {"bytes": chunks * 4 + CRC_BYTES, "crc32c": entry["table_crc32c"]}
-        data = checked_object(
-            objects, f"{entry['path']}/{object_path('chunk_crc32c')}", table, f"part {self.name}"
-        )
-        crcs = one_chunk(data, "<u4").tolist()
-        for shard in self.shards.values():
-            shard.crcs, crcs = crcs[: shard.chunks], crcs[shard.chunks :]
-        if compressed:
-            self.shards["hidden"].load_index()
+                offset, length = self.span(first, stop)
+                window = self.file.window(offset, length)
+                self.read(window, first, stop, out)
+                if self.index is None and padding:
+                    window.readv([padding], offset + length - len(padding))
+            except (StoreCorruptError, EOFError):
+                failing.append(chunk)
+                continue
+            if any(padding) or (stop > self.rows and any(out[(self.rows - first) * self.row_bytes :])):
+                failing.append(chunk)
+        return failing
+
+    def check_index(self) -> str | None:
+        """What is wrong with the shard index that other readers use, None if nothing is."""
+        compressed = self.index is not None
+        try:
+            index = self.read_index()
+        except StoreCorruptError:
+            return "the shard index fails its checksum"
+        size = self.chunk_rows * self.row_bytes + CRC_BYTES
+        lengths = index[:, 1].astype(np.int64) if compressed else np.full(self.chunks, size)
+        steps = lengths if compressed else np.full(self.chunks, self.stride)
+        offsets = np.cumsum(steps) - steps
+        end = int(steps.sum()) + self.chunks * 16 + CRC_BYTES
+        if np.array_equal(index, np.stack([offsets, lengths], 1)) and end == self.file.size:
+            return None
+        return "the shard index does not describe the chunks"
+
+
+SHARDED = ("hidden", "input_ids", "loss_mask")  # in the order of the checksum table
+
+
+def open_shard(objects: Objects, entry: dict[str, Any], array: str) -> Shard:
+    """Open one token array of a part by its manifest entry; its size must be the manifest's."""
+    row_bytes = {"hidden": entry["states"] * entry["hidden_size"] * 2, "input_ids": 4, "loss_mask": 1}[array]
+    chunk_rows = entry["chunk_tokens"] if array == "hidden" else TOKEN_CHUNK
+    size = shard_bytes(entry["tokens"], row_bytes, chunk_rows)
+    if array == "hidden":
+        size = entry["hidden_bytes"]  # compressed or not
+    try:
+        file = objects.open(f"{entry['path']}/{object_path(array)}", size)
+    except FileNotFoundError:
+        raise StoreCorruptError(
+            f"part {entry['name']}: {object_path(array)} is missing", VERIFY_HINT.format(objects.url)
+        ) from None
+    shard = Shard(file, entry["name"], array, objects.url, entry["tokens"], row_bytes, chunk_rows)
+    if file.size != size:
+        raise shard.corrupt(f"{file.size} bytes, {size} expected")
+    if array == "hidden" and entry["compression"] != "none":
+        shard.index = shard.read_index()
+    return shard
+
+
+def read_table(objects: Objects, entry: dict[str, Any]) -> dict[str, list[int]]:
+    """Checksums of the chunks of each token array of a part."""
+    counts = [chunk_count(entry["tokens"], entry["chunk_tokens"])]
+    counts += 2 * [chunk_count(entry["tokens"], TOKEN_CHUNK)]
+    expected = {"bytes": sum(counts) * 4 + CRC_BYTES, "crc32c": entry["table_crc32c"]}
+    name = f"{entry['path']}/{object_path('chunk_crc32c')}"
+    crcs = one_chunk(checked_object(objects, name, expected, f"part {entry['name']}"), "<u4").tolist()
+    ends = np.cumsum([0, *counts]).tolist()
+    return {array: crcs[ends[i] : ends[i + 1]] for i, array in enumerate(SHARDED)}
+
+
+def open_part(objects: Objects, entry: dict[str, Any]) -> dict[str, Shard]:
+    """The token arrays of a part, ready to be read."""
+    table = read_table(objects, entry)
+    shards = {array: open_shard(objects, entry, array) for array in SHARDED}
+    for array, shard in shards.items():
+        shard.crcs = table[array]
+    return shards
 
 
 class FeatureStore:
@@ -213,7 +259,7 @@ class FeatureStore:
         self.length = self._index["length"]
         self.n_loss = self._index["n_loss"]
         self.held_out = self._index["held_out"].view(bool)
-        self._parts: OrderedDict[int, Part] = OrderedDict()
+        self._parts: OrderedDict[int, dict[str, Shard]] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
@@ -298,12 +344,8 @@ class FeatureStore:
         part = self._part(int(self._index["part"][i]))
         first = int(self._index["start"][i])
         start, stop = first + start, first + stop
-        wanted = [
-            (part.shards["hidden"], hidden),
-            (part.shards["input_ids"], ids),
-            (part.shards["loss_mask"], mask),
-        ]
-        for shard, out in wanted:
+        for array, out in (("hidden", hidden), ("input_ids", ids), ("loss_mask", mask)):
+            shard = part[array]
             try:
                 window = shard.file.window(*shard.span(start, stop))
             except EOFError:
@@ -312,13 +354,13 @@ class FeatureStore:
                 raise shard.corrupt("the object is missing") from None
             shard.read(window, start, stop, out.data.cast("B"))
 
-    def _part(self, number: int) -> Part:
+    def _part(self, number: int) -> dict[str, Shard]:
         with self._lock:
             part = self._parts.get(number)
             if part is not None:
                 self._parts.move_to_end(number)
                 return part
-        part = Part(self.objects, self.manifest["parts"][number])
+        part = open_part(self.objects, self.manifest["parts"][number])
         with self._lock:
             self._parts[number] = part
             while len(self._parts) > OPEN_PARTS:

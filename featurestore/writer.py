@@ -28,7 +28,6 @@ from featurestore.layout import (
     array_metadata,
     check_name,
     chunk_stride,
-    concatenated_crc,
     dump_json,
     group_metadata,
     hidden_chunk_tokens,
@@ -67,7 +66,6 @@ class ShardWriter:
         self.index: list[tuple[int, int]] = []
         self.crcs: list[int] = []
         self.position = 0
-        self.object_crc = 0
 
     def append(self, rows: memoryview) -> None:
         """Add whole rows, given as bytes."""
@@ -94,7 +92,6 @@ class ShardWriter:
         self.stream.write([last, trailer])
         self.index.append((self.position, length + CRC_BYTES))
         self.crcs.append(self.crc)
-        self.object_crc = crc32c(trailer, concatenated_crc(self.object_crc, self.crc, length))
         self.position += length + len(trailer)
         self.filled = self.crc = 0
 
@@ -106,14 +103,17 @@ class ShardWriter:
         self._finish(data, len(data), b"")
 
     def close(self) -> tuple[int, int]:
-        """Pad the last chunk, write the index and close; returns the size and crc32c of the object."""
+        """Pad the last chunk, write the index and close; returns the size and the checksum of the object.
+
+        The checksum is the crc32c of those of the chunks, in order.
+        """
         if self.filled:
             self.append(memoryview(bytes(self.chunk_bytes - self.filled)))
         index = np.array(self.index, "<u8").tobytes()
         index += crc32c(index).to_bytes(CRC_BYTES, "little")
         self.stream.write([index])
         self.stream.close()
-        return self.position + len(index), crc32c(index, self.object_crc)
+        return self.position + len(index), crc32c(np.array(self.crcs, "<u4").tobytes())
 
 
 class StoreWriter:
@@ -382,14 +382,11 @@ class StoreWriter:
                 ("chunk_crc32c", np.array(table, "<u4"), "chunk"),
             ):
                 data = values.tobytes()
-                data += crc32c(data).to_bytes(CRC_BYTES, "little")
+                crc = crc32c(data)
+                data += crc.to_bytes(CRC_BYTES, "little")
                 self._objects.put(f"{staging}/{object_path(array)}", data)
-                add(
-                    array,
-                    array_metadata([len(values)], values.dtype.name, [dimension]),
-                    len(data),
-                    crc32c(data),
-                )
+                metadata = array_metadata([len(values)], values.dtype.name, [dimension])
+                add(array, metadata, len(data), crc)
         record = {
             "schema": SCHEMA,
             "name": self._name,
