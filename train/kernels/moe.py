@@ -66,6 +66,20 @@ def default_backend(x: Tensor, w1: Tensor) -> Backend:
     return "triton" if torch.cuda.get_device_capability(x.device)[0] >= 8 else "grouped_mm"
 
 
+def check_rows(x: Tensor, w1: Tensor, backend: str) -> None:
+    """Refuse what grouped_mm and the tensor descriptors cannot read. Raises ValueError."""
+    if x.dtype == torch.float64:
+        raise ValueError(
+            f"x: found {x.dtype}, expected torch.bfloat16 or torch.float32 with backend {backend}"
+        )
+    step = 16 // x.element_size()
+    for name, size in (("x", x.shape[1]), ("w2", w1.shape[1])):
+        if size % step:
+            raise ValueError(
+                f"{name}: found last dimension {size}, expected a multiple of {step} with backend {backend}"
+            )
+
+
 def check(
     x: Tensor, topk_ids: Tensor, topk_weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, ids: bool
 ) -> None:
@@ -194,6 +208,8 @@ def moe(
     check(x, topk_ids, topk_weights, w1, w3, w2, ids=debug or x.device.type == "cpu")
     name = backend or default_backend(x, w1)
     ops = _ops(name)
+    if ops is not moe_torch.Loop:
+        check_rows(x, w1, name)
     if main_grads is not None:
         for label, buffer, w in zip(("w1", "w3", "w2"), main_grads, (w1, w3, w2), strict=True):
             if buffer.shape != w.shape or buffer.dtype != torch.float32 or not buffer.is_contiguous():
