@@ -1,0 +1,262 @@
+"""Serving: what vLLM drafts with the layer, what `verify` measures, and how it compares greedy outputs."""
+
+import json
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from configs.errors import ConfigError, ContractError, InputError, Layer61Error
+from configs.schema import RunConfig
+from export import nextn
+from export.checkpoint import Checkpoint
+from export.keymap import DROPPED
+from pipeline.serve import compare_greedy, plan, run, verify
+from pipeline.view import make_view
+
+NUM_SPECULATIVE_TOKENS = 3
+
+
+def simple_target(tiny: Path, out: Path, *, rest: float, noise: float) -> Path:
+    """A target whose next token depends mostly on the last one, so that drafts are accepted.
+
+    Args:
+        tiny: the untrained target to change.
+        out: directory to write.
+        rest: factor of what attention and feed-forward add; at 0 the next token depends on the last one only,
+            and an MTP layer that passes the embedding on is right every time.
+        noise: size of the random part of the MTP layer's eh_proj beside that identity.
+    """
+    shutil.copytree(tiny, out)
+    checkpoint = Checkpoint(tiny)
+    generator = torch.Generator().manual_seed(5)
+    for file in sorted({checkpoint.file(name) for name in checkpoint.names}):
+        tensors = {}
+        for name in (n for n in checkpoint.names if checkpoint.file(n) == file):
+            w = checkpoint.get(name)
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                w = w * rest
+            elif name.endswith("eh_proj.weight"):
+                D = w.shape[0]
+                eye = torch.cat([torch.eye(D), torch.zeros(D, D)], 1)
+                w = (eye + noise * torch.randn(D, 2 * D, generator=generator) * D**-0.5).to(w.dtype)
+            elif rest == 0 and name.endswith("norm.weight"):
+                w = torch.ones_like(w)
+            tensors[name] = w
+        save_file(tensors, out / file)
+    return out
+
+
+def layer_of(source: Path, out: Path) -> Path:
+    """The MTP layer of a checkpoint as the trainer would write it."""
+    checkpoint = Checkpoint(source)
+    out.mkdir()
+    tensors = {n: checkpoint.get(n) for n in checkpoint.mtp_names() if not n.endswith(DROPPED)}
+    save_file(tensors, out / "model.safetensors")
+    return out
+
+
+def random_prompts(number: int, seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    return [draw(2, 512, (int(draw(1, 20, ())),)).tolist() for _ in range(number)]
+
+
+def record_drafts(target: Path, draft: Path, prompts: list[list[int]], out: Path) -> None:
+    """Serve the prompts one by one in fp32 and save everything vLLM's proposer was given and returned."""
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_PLUGINS": ""}
+    from vllm import LLM, SamplingParams
+    from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
+
+    calls: list[dict[str, torch.Tensor]] = []
+    original = SpecDecodeBaseProposer.propose
+
+    def propose(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        given = {
+            "positions": kwargs["target_positions"].clone(),
+            "hidden": kwargs["target_hidden_states"].clone(),
+            "next": kwargs["next_token_ids"].clone(),
+        }
+        at = kwargs["token_indices_to_sample"]
+        # rows after this one belong to tokens the target refused
+        given["last"] = torch.tensor(len(given["positions"]) - 1) if at is None else at[0].clone()
+        drafts = original(self, *args, **kwargs)
+        calls.append({**given, "drafts": drafts[0].clone()})
+        return drafts
+
+    SpecDecodeBaseProposer.propose = propose  # type: ignore[method-assign]
+    llm = LLM(
+        str(target),
+        dtype="float32",
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        max_model_len=64,
+        kv_cache_memory_bytes=1 << 26,
+        speculative_config={
+            "method": "mtp",
+            "model": str(draft),
+            "num_speculative_tokens": NUM_SPECULATIVE_TOKENS,
+        },
+    )
+    served = []
+    for prompt in prompts:
+        calls.clear()
+        sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
+        (answer,) = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
+        served.append({"tokens": [*prompt, *answer.outputs[0].token_ids], "calls": list(calls)})
+    torch.save(served, out)
+
+
+@pytest.fixture(scope="module")
+def served(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[Any]]:
+    """A target, an exported draft that is not its own layer, and vLLM's drafts with them."""
+    folder = tmp_path_factory.mktemp("served")
+    target = simple_target(tiny_checkpoint, folder / "target", rest=0.1, noise=0.6)
+    other = simple_target(tiny_checkpoint, folder / "other", rest=0.1, noise=0.2)
+    draft = folder / "nextn"
+    nextn.export(layer_of(other, folder / "weights"), target, draft)
+    views = make_view(target, folder / "target-view"), make_view(draft, folder / "draft-view")
+    process = multiprocessing.get_context("spawn").Process(
+        target=record_drafts, args=(*views, random_prompts(12, seed=1), folder / "served.pt")
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return target, draft, torch.load(folder / "served.pt")
+
+
+def test_our_layer_drafts_the_tokens_that_vllm_drafts(served):
+    from train.model import load_layer
+    from train.unroll import unroll
+
+    target, draft, requests = served
+    layer = load_layer(target, weights=draft, dtype=torch.float32)
+    compared = accepted = 0
+    for request in requests:
+        tokens = torch.tensor(request["tokens"])
+        hidden = torch.zeros(64, layer.dims.hidden_size)
+        for call in request["calls"]:
+            last = int(call["last"])
+            hidden[call["positions"][: last + 1]] = call["hidden"][: last + 1].float()
+            n = int(call["positions"][last]) + 1  # states 0..n-1 are the target's, token n was sampled
+            if n >= len(tokens):
+                continue
+            assert tokens[n] == call["next"][0]
+            ids = tokens[: n + 1]
+            for step, drafted in enumerate(call["drafts"].tolist()):
+                padded = torch.cat([ids, ids.new_zeros(1)])  # the predicted token is not read
+                states = unroll(
+                    layer,
+                    padded,
+                    hidden[: len(padded)],
+                    torch.tensor([0, len(padded)], dtype=torch.int32),
+                    num_steps=step + 1,
+                )
+                logits = states[step, n - 1].detach() @ layer.lm_head.T
+                # ties aside: an equally good token
+                assert logits.max() - logits[drafted] < 1e-3, (n, step)
+                compared += 1
+                accepted += n + 1 + step < len(tokens) and bool(tokens[n + 1 + step] == drafted)
+                ids = torch.cat([ids, torch.tensor([drafted])])
+    # the comparison covers accepted drafts and refused ones
+    assert compared > 200
+    assert 0.1 < accepted / compared < 0.9
+
+
+@pytest.fixture(scope="module")
+def verified(
+    tiny_checkpoint: Path, conversations_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], RunConfig]:
+    """`layer61 verify` with a flawless draft beside a target whose own layer is mediocre."""
+    folder = tmp_path_factory.mktemp("verified")
+    target = simple_target(tiny_checkpoint, folder / "target", rest=0, noise=0.5)
+    perfect = simple_target(tiny_checkpoint, folder / "perfect", rest=0, noise=0)
+    nextn.export(layer_of(perfect, folder / "weights"), target, folder / "nextn")
+    config = RunConfig.model_validate(
+        {
+            "run": {"dir": folder / "run"},
+            "target": {"path": target},
+            "prompts": {"path": conversations_file, "held_out": 0.99, "max_length": 900},
+            "export": {"dir": folder / "nextn"},
+            "verify": {"max_tokens": 40, "vllm": {"max_num_seqs": 4}},
+        }
+    )
+    return run(config), config
+
+
+def test_verify_measures_acceptance_before_and_after(verified):
+    result, config = verified
+    after, before = result["after"], result["before"]
+    assert after["acceptance_length"] == 1 + NUM_SPECULATIVE_TOKENS
+    assert after["acceptance_per_position"] == [1.0] * NUM_SPECULATIVE_TOKENS
+    assert 1 < before["acceptance_length"] < 3.5
+    assert before["acceptance_length"] == pytest.approx(1 + sum(before["acceptance_per_position"]))
+    assert before["num_drafts"] > after["num_drafts"]
+    assert result["num_prompts"] == 6
+    for key in ("greedy", "greedy_before"):
+        counts = {k: result[key][k] for k in ("requests", "equal", "ties", "different")}
+        assert counts == {"requests": 6, "equal": 6, "ties": 0, "different": 0}
+    assert json.loads((config.run.dir / "verify.json").read_text()) == result
+    assert "serve 6 (" in plan(config)
+
+
+def test_verify_resumes_from_finished_measurements(verified):
+    result, config = verified
+    folder = config.run.dir / "verify"
+    before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+    assert run(config) == result
+    assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == before
+    # a measurement of other settings does not count: this one has to start an engine, which fails
+    settings = config.verify.model_copy(update={"vllm": {"no_such_argument": 1}})
+    with pytest.raises(Layer61Error, match="no_such_argument"):
+        run(config.model_copy(update={"verify": settings}))
+    assert json.loads((folder / "plain.json").read_text())["result"]["outputs"]
+
+
+def test_verify_refuses_what_cannot_be_served(verified, tiny_checkpoint, tmp_path):
+    _, config = verified
+    target, draft, prompts = config.target.path, config.export_dir, [[5, 6, 7]]
+    nextn.export(draft, target, tmp_path / "legacy", layout="sglang-legacy")
+    with pytest.raises(InputError, match="no vLLM draft"):
+        verify(target, tmp_path / "legacy", prompts)
+    shutil.copytree(draft, tmp_path / "eagle3/nextn")
+    with pytest.raises(ConfigError, match="eagle"):
+        verify(target, tmp_path / "eagle3/nextn", prompts)
+    with pytest.raises(InputError, match="no held-out conversation"):
+        verify(target, draft, [])
+    with pytest.raises(InputError, match="prompt 0 is empty"):
+        verify(target, draft, [[]])
+    with pytest.raises(InputError, match="V3 view"):
+        verify(target, draft, [[5] * Checkpoint(target).config["index_topk"]], view="v3")
+    other = simple_target(tiny_checkpoint, tmp_path / "other", rest=0, noise=0)
+    (other / "config.json").write_text(json.dumps({**Checkpoint(target).config, "rope_theta": 20000}))
+    with pytest.raises(ContractError, match=r"target\.config_sha256"):
+        verify(other, draft, prompts)
+    missing = config.model_copy(
+        update={"export": config.export.model_copy(update={"dir": tmp_path / "none"})}
+    )
+    assert "not yet: there is no" in plan(missing)
+    with pytest.raises(InputError, match="no export"):
+        run(missing)
+
+
+def test_greedy_outputs_part_at_a_tie_or_not():
+    plain = [[1, 2, 3], [1, 2, 3], [1, 2, 3], [1, 2], [4, 4]]
+    draft = [[1, 2, 3], [1, 9, 9], [1, 9, 3], [1, 2, 3], [4, 8]]
+    # at 4.0 a bfloat16 step is 4 * 2**-7
+    tie = {"2": 4.0, "9": 4.0 - 2 * 4 * 2**-7, "7": 1.0}
+    apart = {"2": 4.0, "9": 4.0 - 3 * 4 * 2**-7}
+    first, unlisted = {"1": 1.0}, {"4": 2.0, "5": 1.0}
+    logits = [[first, tie, first], [first, tie, first], [first, apart, first], [first, tie], [unlisted] * 2]
+    found = compare_greedy(plain, draft, logits, eps=torch.finfo(torch.bfloat16).eps)
+    assert (found["requests"], found["equal"], found["ties"], found["different"]) == (5, 1, 1, 3)
+    assert [e["steps"] for e in found["parted"]] == [2.0, 3.0, None, None]
+    assert [e["position"] for e in found["parted"]] == [1, 1, 2, 1]
