@@ -1,9 +1,10 @@
 """Speed of a training step beside the same layer of transformers: `python -m benchmarks.train [--quick]`.
 
 Both train a tiny MTP layer (hidden 256, 4 heads, 16 experts of width 128, 4 a token, and a shared one;
-vocabulary 2,048) on 8 documents of 256 tokens with 3 draft steps, soft targets and AdamW. Ours runs the served
-unroll; the other runs `DeepseekV3DecoderLayer` once a step over its own states, with plain logits. One warm-up
-step, then rounds in turn; figures are medians, the ratio is the median of the ratios within a round.
+vocabulary 2,048) on 8 documents of 256 tokens with 3 draft steps, soft targets and AdamW. Ours runs the
+served unroll; the other runs `DeepseekV3DecoderLayer` once a step over its own states, with plain logits.
+One warm-up step, then rounds in turn; figures are medians, the ratio is the median of the ratios within a
+round.
 
 Prints a table and, as its last line, one JSON object.
 """
