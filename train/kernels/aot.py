@@ -28,6 +28,12 @@ SHARED_LIMIT = {"sm80": 101376, "sm90": 232448, "sm100": 232448}
 """Bytes of shared memory a program may have (CUDA programming guide, table of technical specifications); for
 sm80 the 99 KiB of its smaller siblings, which use its tiles."""
 
+MATRIX_INSTRUCTION = {
+    "sm80": r"\bmma\.sync",
+    "sm90": r"wgmma\.mma_async",
+    "sm100": r"tcgen05\.mma",
+}
+
 
 class Reading(NamedTuple):
     """What the compiler made of one launch."""
@@ -43,7 +49,7 @@ class Reading(NamedTuple):
     operands: int
     """Bytes that the matrix operands of one step take, the least that a pipeline of one stage holds."""
     mma: int
-    """Matrix instructions of the architecture: mma.sync, wgmma or tcgen05."""
+    """Matrix instructions of the architecture: mma.sync, wgmma or tcgen05.mma."""
     tma: int
     """Bulk tensor copies."""
     async_copies: int
@@ -51,17 +57,26 @@ class Reading(NamedTuple):
 
 
 def moe_calls(
-    arch: str, tokens: int, experts: int, D: int, F: int, K: int, dtype: torch.dtype = torch.bfloat16
+    arch: str,
+    tokens: int,
+    experts: int,
+    D: int,
+    F: int,
+    K: int,
+    dtype: torch.dtype = torch.bfloat16,
+    accumulate: bool = False,
 ) -> list[Call]:
-    """Every launch of one forward and backward at a shape."""
+    """Every launch of one forward and backward at a shape; `accumulate` as with float32 main gradients."""
     meta: dict[str, Any] = {"device": "meta", "dtype": dtype}
     x = torch.empty(tokens, D, **meta).requires_grad_()
     ids = torch.empty(tokens, K, dtype=torch.int64, device="meta")
     weights = torch.empty(tokens, K, dtype=torch.float32, device="meta").requires_grad_()
     w1, w3 = (torch.empty(experts, F, D, **meta).requires_grad_() for _ in range(2))
     w2 = torch.empty(experts, D, F, **meta).requires_grad_()
+    up, down = torch.empty(w1.shape, device="meta"), torch.empty(w2.shape, device="meta")
+    main = (up, up, down) if accumulate else None
     with record(arch) as calls:
-        y = moe_host.moe(x, ids, weights, w1, w3, w2, backend="triton")
+        y = moe_host.moe(x, ids, weights, w1, w3, w2, backend="triton", main_grads=main)
         y.backward(torch.empty_like(y))
     return calls
 
@@ -123,7 +138,7 @@ def compile_call(call: Call, arch: str) -> Reading:
         spilled=int(found[2]),
         shared=compiled.metadata.shared,
         operands=operand_bytes(call),
-        mma=len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", ptx)),
+        mma=len(re.findall(MATRIX_INSTRUCTION[arch], ptx)),
         tma=len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
         async_copies=len(re.findall(r"cp\.async\.c[ga]", ptx)),
     )

@@ -226,6 +226,26 @@ def _up_bwd_kernel(
 
 
 @triton.jit
+def _store_weight_grad(
+    acc, out, rows, column, D: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    TRANSPOSED: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """Epilogue of weight_grad; adding to what is there halves the columns to 32, as in `_swiglu_bwd`."""
+    if ACCUMULATE and BN > 32:
+        HALF: tl.constexpr = BN // 2
+        left, right = tl.split(tl.reshape(acc, (BM, 2, HALF)).permute(0, 2, 1))
+        _store_weight_grad(left, out, rows, column, D, F, BM, HALF, TRANSPOSED, ACCUMULATE)
+        _store_weight_grad(right, out, rows, column + HALF, D, F, BM, HALF, TRANSPOSED, ACCUMULATE)
+    else:
+        columns = column + tl.arange(0, BN)
+        mask = (rows < F)[:, None] & (columns < D)[None, :]
+        at = rows[:, None] + columns[None, :] * F if TRANSPOSED else rows[:, None] * D + columns[None, :]
+        if ACCUMULATE:
+            acc += tl.load(out + at, mask=mask, other=0.0)
+        tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _weight_grad_kernel(
     dense, gathered, dw, token, offsets,
     D: tl.constexpr, F: tl.constexpr, DESCRIPTORS: tl.constexpr,
@@ -259,12 +279,8 @@ def _weight_grad_kernel(
         following = row + BK + k
         source = tl.load(token + following, mask=following < end, other=0).to(tl.int64)
         acc = tl.dot(a, b, acc, input_precision="ieee")
-    mask = (rows < F)[:, None] & inside
-    at = rows[:, None] + columns[None, :] * F if TRANSPOSED else rows[:, None] * D + columns[None, :]
-    out = dw + expert.to(tl.int64) * (D * F) + at
-    if ACCUMULATE:
-        acc += tl.load(out, mask=mask, other=0.0)
-    tl.store(out, acc.to(dw.dtype.element_ty), mask=mask)
+    out = dw + expert.to(tl.int64) * (D * F)
+    _store_weight_grad(acc, out, rows, tile_n * BN, D, F, BM, BN, TRANSPOSED, ACCUMULATE)
 
 
 def row_tiles(offsets: Tensor, num_rows: int, size: int) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ TABLE: dict[tuple[str, str, str], dict[str, Tile]] = {
         "down_fwd": Tile(16, 32, 32, 2, 4, 1),
         "down_bwd": Tile(16, 32, 32, 2, 4, 1, 16),
         "up_bwd": Tile(16, 32, 32, 2, 4, 1),
-        "weight_grad": Tile(32, 32, 16, 2, 4, 1),
+        "weight_grad": Tile(32, 64, 16, 2, 4, 1),
         "gather_sum": Tile(1, 32, 1, 1, 4, 1),
         "loss_rows": Tile(1, 256, 1, 1, 4, 1),
     },

@@ -1,0 +1,80 @@
+"""Registers, spills and shared memory of every kernel of the tile table, compiled without a GPU.
+
+    python -m benchmarks.kernels_report [--arch sm90 ...] [--jobs 2]
+
+Compiles each launch of a forward and backward at the layer's real shape (hidden 7168, experts of 2048, 256 of
+them, 8 a token, vocabulary 129280) for the architectures of the table. The last line is a JSON object.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+
+from train.kernels.aot import SHARED_LIMIT, Reading, compile_call, loss_calls, moe_calls
+from train.kernels.launch import Call
+
+D, F, E, K, V = 7168, 2048, 256, 8, 129280
+SHAPES = {"bfloat16": {"short": 8192, "long": 32768}, "float32": {"any": 8192}}
+"""Tokens that fall into each shape class of the table."""
+
+
+def calls(arch: str) -> Iterator[tuple[str, str, Call]]:
+    """Dtype, shape class and launch of every distinct kernel of an architecture."""
+    seen = set()
+    for dtype, classes in SHAPES.items():
+        for shape, tokens in classes.items():
+            for accumulate in (False, True):
+                for call in moe_calls(arch, tokens, E, D, F, K, getattr(torch, dtype), accumulate):
+                    # the two gather_sums and the weight gradients of w1 and w3 are one kernel each
+                    flags = (call.arguments.get("TRANSPOSED"), call.arguments.get("ACCUMULATE"))
+                    key = (call.kernel.fn.__name__, call.tile, dtype, flags)
+                    if key not in seen:
+                        seen.add(key)
+                        yield dtype, shape, call
+    for loss in ("kl", "ce", "lk_lambda"):
+        for call in loss_calls(arch, loss, 2048, D, V):
+            yield "bfloat16", loss, call
+
+
+def read(arch: str, index: int) -> Reading:
+    """Compile one of `calls`; by its place, for a launch does not travel between processes."""
+    return compile_call(list(calls(arch))[index][2], arch)
+
+
+def report(archs: list[str], jobs: int) -> list[dict]:
+    """One row for each kernel."""
+    work = [(arch, i, dtype, shape) for arch in archs for i, (dtype, shape, _) in enumerate(calls(arch))]
+    with ProcessPoolExecutor(jobs) as pool:
+        readings = list(pool.map(read, [w[0] for w in work], [w[1] for w in work]))
+    return [
+        {"arch": arch, "dtype": dtype, "shape": shape, **reading._asdict()}
+        for (arch, _, dtype, shape), reading in zip(work, readings, strict=True)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--arch", nargs="+", choices=list(SHARED_LIMIT), default=list(SHARED_LIMIT))
+    parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
+    arguments = parser.parse_args()
+    rows = report(arguments.arch, arguments.jobs)
+    columns = (
+        "arch", "dtype", "shape", "kernel", "tile", "registers", "spilled", "shared", "operands", "mma",
+        "tma", "async_copies",
+    )  # fmt: skip
+    table = [
+        columns,
+        *(tuple("x".join(map(str, r[c][:6])) if c == "tile" else str(r[c]) for c in columns) for r in rows),
+    ]
+    widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
+    for row in table:
+        print(" | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+    print("tile: m x n x k x group x warps x stages; shared, operands, spilled in bytes")
+    print(json.dumps({"kernels": rows}))
+
+
+if __name__ == "__main__":
+    main()

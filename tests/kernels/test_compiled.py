@@ -1,0 +1,74 @@
+"""Machine code of every kernel at the real shapes of the tile table, compiled without a GPU.
+
+A spilled register or a lost pipeline stage costs more than any wrong constant in the table, and both can be
+read off the compiler's output.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from train.kernels.aot import SHARED_LIMIT
+from train.kernels.tiles import TABLE, Tile
+
+GATHERING = {"up_fwd", "down_bwd", "weight_grad"}
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[dict[str, Any]]:
+    """What `make kernels-report` prints; in a process of its own, for here Triton interprets."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.kernels_report"]
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert printed.returncode == 0, printed.stderr
+    return json.loads(printed.stdout.splitlines()[-1])["kernels"]
+
+
+def label(row: dict[str, Any]) -> str:
+    return " ".join(str(row[k]) for k in ("arch", "dtype", "shape", "kernel", "tile"))
+
+
+def test_every_tile_of_the_table_is_compiled(kernels: list[dict[str, Any]]) -> None:
+    compiled = {(row["arch"], row["dtype"], row["kernel"], tuple(row["tile"])) for row in kernels}
+    for (arch, dtype, _), tiles in TABLE.items():
+        for kernel, tile in tiles.items():
+            if arch != "interpreter":
+                names = ("bfloat16",) if dtype == "any" else (dtype,)
+                assert all((arch, name, kernel, tuple(tile)) in compiled for name in names)
+
+
+def test_no_kernel_spills_registers(kernels: list[dict[str, Any]]) -> None:
+    assert [label(row) for row in kernels if row["spilled"]] == []
+
+
+def test_every_kernel_fits_the_shared_memory(kernels: list[dict[str, Any]]) -> None:
+    assert [label(row) for row in kernels if row["shared"] > SHARED_LIMIT[row["arch"]]] == []
+
+
+def test_every_product_keeps_its_pipeline(kernels: list[dict[str, Any]]) -> None:
+    """Each stage holds the tiles of all operands: less would mean that one of them is not loaded ahead."""
+    for row in kernels:
+        if row["kernel"] in ("gather_sum", "loss_rows"):
+            assert row["shared"] < 1024
+            continue
+        tile = Tile(*row["tile"])
+        # instructions that read registers release a stage earlier than those that read shared memory
+        stages = tile.stages if tile.descriptors else tile.stages - 1
+        beyond = row["shared"] - stages * row["operands"]
+        # barriers of the bulk copies
+        assert 0 <= beyond <= (256 if tile.descriptors else 0), label(row)
+
+
+def test_products_use_the_instructions_of_their_architecture(kernels: list[dict[str, Any]]) -> None:
+    products = [row for row in kernels if row["kernel"] not in ("gather_sum", "loss_rows")]
+    for row in products:
+        tma = row["dtype"] == "bfloat16" and row["arch"] != "sm80"
+        # full float32 has no matrix instruction
+        assert (row["mma"] > 0) == (row["dtype"] == "bfloat16"), label(row)
+        assert (row["tma"] > 0) == tma, label(row)
+        # what TMA brings needs no pointer copies; gathered rows do
+        assert (row["async_copies"] > 0) == (row["kernel"] in GATHERING or not tma), label(row)
