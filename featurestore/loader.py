@@ -162,8 +162,13 @@ class Loader:
             raise StopIteration
         step, buffers, futures = self._ahead.popleft()
         self._held = buffers
-        for future in futures:
-            future.result()
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            self._ahead.appendleft((step, buffers, futures))
+            self._drain()  # the next call begins with this step again
+            raise
         self.position = step.after
         return self._batch(step, buffers)
 

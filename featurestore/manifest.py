@@ -140,6 +140,7 @@ def write_index(objects: Objects, version: int, index: Index) -> dict[str, Any]:
         directory += f".{os.urandom(4).hex()}"
         objects.write(f"{directory}/zarr.json", root, create=True)
     entries = {"zarr.json": {"bytes": len(root), "crc32c": f"{crc32c(root):08x}"}}
+    small: dict[str, bytes] = {}
     for field, dtype in INDEX_FIELDS:
         data = index[field].astype(dtype, copy=False).tobytes()
         crc = crc32c(data)
@@ -149,8 +150,9 @@ def write_index(objects: Objects, version: int, index: Index) -> dict[str, Any]:
             (object_path(field), data, crc),
             (f"{field}/zarr.json", text, crc32c(text)),
         ):
-            objects.put(f"{directory}/{name}", content)
+            small[f"{directory}/{name}"] = content
             entries[name] = {"bytes": len(content), "crc32c": f"{checksum:08x}"}
+    objects.put(small)
     objects.sync(directory)
     return {"path": directory, "objects": entries}
 

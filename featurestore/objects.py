@@ -13,8 +13,8 @@ import functools
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
@@ -63,10 +63,11 @@ class Objects(Protocol):
 
     def read(self, name: str) -> bytes: ...
     def write(self, name: str, data: bytes, *, create: bool = False) -> None: ...
-    def put(self, name: str, data: bytes) -> None: ...
+    def put(self, objects: Mapping[str, bytes]) -> None: ...
     def stream(self, name: str) -> Stream: ...
     def sync(self, prefix: str) -> None: ...
     def open(self, name: str, size: int | None = None) -> RangeFile: ...
+    def windows(self, spans: Sequence[tuple[Any, int, int]]) -> Sequence[Window]: ...
     def exists(self, name: str) -> bool: ...
     def empty(self) -> bool: ...
     def entries(self, prefix: str) -> list[tuple[str, int]]: ...
@@ -244,12 +245,13 @@ class LocalObjects:
     def stream(self, name: str) -> LocalStream:
         return LocalStream(self._path(name), self.durable)
 
-    def put(self, name: str, data: bytes) -> None:
-        stream = self.stream(name)
-        try:
-            stream.write([data])
-        finally:
-            stream.close()
+    def put(self, objects: Mapping[str, bytes]) -> None:
+        for name, data in objects.items():
+            stream = self.stream(name)
+            try:
+                stream.write([data])
+            finally:
+                stream.close()
 
     def sync(self, prefix: str) -> None:
         """Wait until everything below `prefix` is on disk; in parallel, so that a journal commits once."""
@@ -263,6 +265,9 @@ class LocalObjects:
 
     def open(self, name: str, size: int | None = None) -> LocalFile:
         return LocalFile(self._path(name))
+
+    def windows(self, spans: Sequence[tuple[LocalFile, int, int]]) -> list[LocalFile]:
+        return [file.window(offset, length) for file, offset, length in spans]
 
     def exists(self, name: str) -> bool:
         with _explained("look at", self._path(name)):
@@ -366,14 +371,17 @@ def _memory_store(name: str) -> Any:
 
 
 class RemoteWindow:
-    def __init__(self, pieces: list[tuple[int, memoryview]]) -> None:
+    """Spans on their way; the first read waits for them and raises what went wrong."""
+
+    def __init__(self, pieces: "list[tuple[int, Future[memoryview]]]") -> None:
         self.pieces = pieces
 
     def readv(self, buffers: Sequence[memoryview], offset: int) -> None:
+        pieces = [(start, task.result()) for start, task in self.pieces]
         for view in buffers:
             done = 0
             while done < len(view):
-                start, data = next(p for p in self.pieces if p[0] <= offset < p[0] + len(p[1]))
+                start, data = next(p for p in pieces if p[0] <= offset < p[0] + len(p[1]))
                 part = data[offset - start : offset - start + len(view) - done]
                 view[done : done + len(part)] = part
                 done += len(part)
@@ -385,12 +393,7 @@ class RemoteFile:
         self.objects, self.name, self.size = objects, name, size
 
     def window(self, offset: int, length: int) -> RemoteWindow:
-        starts = range(offset, offset + length, REMOTE_PIECE)
-        spans = [(s, min(REMOTE_PIECE, offset + length - s)) for s in starts]
-        if len(spans) == 1:
-            return RemoteWindow([(offset, self.objects.fetch(self.name, offset, length, self.size))])
-        tasks = [self.objects.pool.submit(self.objects.fetch, self.name, s, n, self.size) for s, n in spans]
-        return RemoteWindow([(s, t.result()) for (s, _), t in zip(spans, tasks, strict=True)])
+        return self.objects.windows([(self, offset, length)])[0]
 
     def readv(self, buffers: Sequence[memoryview], offset: int) -> None:
         self.window(offset, sum(map(len, buffers))).readv(buffers, offset)
@@ -432,7 +435,8 @@ class RemoteObjects:
         self.url = url.rstrip("/")
         parts = urlsplit(self.url)
         self.bucket = f"{parts.scheme}://{parts.netloc}"
-        self._prefix = parts.path.strip("/") + "/"
+        path = parts.path.strip("/")
+        self._prefix = f"{path}/" if path else ""
         try:
             if parts.scheme == "memory":
                 self.store: Any = _memory_store(parts.netloc)
@@ -485,11 +489,18 @@ class RemoteObjects:
         raise AssertionError("unreachable")
 
     def fetch(self, name: str, offset: int, length: int, size: int) -> memoryview:
-        """Bytes [offset, offset + length) of an object that must be `size` bytes long."""
+        """Bytes [offset, offset + length) of an object; EOFError if it is not `size` bytes long."""
         import obstore
+        from obstore.exceptions import BaseError
 
         def get() -> memoryview:
-            answer = obstore.get(self.store, self.key(name), options={"range": (offset, offset + length)})
+            try:
+                answer = obstore.get(self.store, self.key(name), options={"range": (offset, offset + length)})
+            except BaseError:
+                with contextlib.suppress(BaseError):
+                    if obstore.head(self.store, self.key(name))["size"] != size:
+                        raise EOFError from None
+                raise
             if answer.meta["size"] != size:
                 raise EOFError
             data = memoryview(answer.bytes())
@@ -516,8 +527,8 @@ class RemoteObjects:
                 use_multipart=False,
             )
 
-    def put(self, name: str, data: bytes) -> None:
-        self.write(name, data)
+    def put(self, objects: Mapping[str, bytes]) -> None:
+        list(self.pool.map(self.write, objects.keys(), objects.values()))
 
     def sync(self, prefix: str) -> None:
         """Nothing to do: an object store answers when an object is safe."""
@@ -527,6 +538,20 @@ class RemoteObjects:
 
     def open(self, name: str, size: int | None = None) -> RemoteFile:
         return RemoteFile(self, name, self._size(name) if size is None else size)
+
+    def windows(self, spans: Sequence[tuple[RemoteFile, int, int]]) -> list[RemoteWindow]:
+        """Fetch spans of several objects at the same time, each in one request or several in parallel."""
+        tasks = [
+            [
+                (
+                    start,
+                    self.pool.submit(self.fetch, file.name, start, min(REMOTE_PIECE, end - start), file.size),
+                )
+                for start in range(offset, end, REMOTE_PIECE)
+            ]
+            for file, offset, end in ((file, offset, offset + length) for file, offset, length in spans)
+        ]
+        return [RemoteWindow(pieces) for pieces in tasks]
 
     def _size(self, name: str) -> int:
         import obstore

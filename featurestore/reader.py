@@ -129,7 +129,9 @@ class Shard:
                 else:
                     self._read_compressed(window, chunk, low, high, target)
         except EOFError:
-            raise self.corrupt(f"chunk {chunk} is cut off") from None
+            raise self.corrupt(f"chunk {chunk}: the object is not as long as the manifest says") from None
+        except FileNotFoundError:
+            raise self.corrupt("the object is missing") from None
 
     def _read_plain(self, window: Window, chunk: int, low: int, high: int, target: memoryview) -> None:
         size = self.chunk_rows * self.row_bytes
@@ -175,7 +177,7 @@ class Shard:
                 self.read(window, first, stop, out)
                 if self.index is None and padding:
                     window.readv([padding], offset + length - len(padding))
-            except (StoreCorruptError, EOFError):
+            except (StoreCorruptError, EOFError, FileNotFoundError):
                 failing.append(chunk)
                 continue
             if any(padding) or (stop > self.rows and any(out[(self.rows - first) * self.row_bytes :])):
@@ -344,14 +346,9 @@ class FeatureStore:
         part = self._part(int(self._index["part"][i]))
         first = int(self._index["start"][i])
         start, stop = first + start, first + stop
-        for array, out in (("hidden", hidden), ("input_ids", ids), ("loss_mask", mask)):
-            shard = part[array]
-            try:
-                window = shard.file.window(*shard.span(start, stop))
-            except EOFError:
-                raise shard.corrupt("the object is not as long as the manifest says") from None
-            except FileNotFoundError:
-                raise shard.corrupt("the object is missing") from None
+        shards = [part[array] for array in SHARDED]
+        windows = self.objects.windows([(shard.file, *shard.span(start, stop)) for shard in shards])
+        for shard, window, out in zip(shards, windows, (hidden, ids, mask), strict=True):
             shard.read(window, start, stop, out.data.cast("B"))
 
     def _part(self, number: int) -> dict[str, Shard]:

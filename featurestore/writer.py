@@ -350,12 +350,13 @@ class StoreWriter:
     def _write_metadata(self, staging: str) -> None:
         tokens, documents = self.tokens, self.documents
         states, width = self._shape or (0, 0)
+        small: dict[str, bytes] = {}
         objects: dict[str, Any] = {}
         arrays: dict[str, Any] = {}
 
         def add(array: str, metadata: dict[str, Any], size: int, crc: int) -> None:
             text = dump_json(metadata)
-            self._objects.put(f"{staging}/{array}/zarr.json", text)
+            small[f"{staging}/{array}/zarr.json"] = text
             arrays[array] = metadata
             objects[object_path(array)] = {"bytes": size, "crc32c": f"{crc:08x}"}
             objects[f"{array}/zarr.json"] = {"bytes": len(text), "crc32c": f"{crc32c(text):08x}"}
@@ -384,7 +385,7 @@ class StoreWriter:
                 data = values.tobytes()
                 crc = crc32c(data)
                 data += crc.to_bytes(CRC_BYTES, "little")
-                self._objects.put(f"{staging}/{object_path(array)}", data)
+                small[f"{staging}/{object_path(array)}"] = data
                 metadata = array_metadata([len(values)], values.dtype.name, [dimension])
                 add(array, metadata, len(data), crc)
         record = {
@@ -409,7 +410,8 @@ class StoreWriter:
             "sources": list(self._sources),
             "sample_source": self._sample_source,
         }
-        self._objects.put(f"{staging}/zarr.json", dump_json(group_metadata(record, arrays)))
+        self._objects.put(small)
+        self._objects.put({f"{staging}/zarr.json": dump_json(group_metadata(record, arrays))})
 
     def discard(self) -> None:
         """Throw the open part away."""
