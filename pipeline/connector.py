@@ -1,0 +1,431 @@
+"""The KV connector of a capture: from the engine's paged cache of states into the parts of a feature store.
+
+vLLM makes one object of `StoreConnector` beside the scheduler and one in every worker. The scheduler's object
+holds a finished request's blocks back and says which of their rows belong to a document. The object of the
+worker that writes copies the rows out, lets the blocks go, and hands the rows to threads that check them and
+append them to the open part of their block of work, in the order in which the requests finished. When more
+bytes wait for the threads than `queue_bytes`, the next request keeps its blocks, and so the engine admits no
+new ones.
+
+`CaptureWorker` adds the calls by which the driver opens and closes parts.
+
+Legend: T tokens of a document, S states of a token, D width of a state, N blocks, B tokens of a block.
+"""
+
+import time
+import traceback
+from collections import deque
+from dataclasses import dataclass, field
+from threading import Condition, Thread
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from crc32c import crc32c
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    SupportsHMA,
+)
+from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
+from vllm.model_executor.models.extract_hidden_states import CacheOnlyAttentionLayer
+from vllm.v1.kv_cache_interface import HiddenStateCacheSpec
+
+from configs.errors import CaptureError, Layer61Error
+from featurestore import StoreWriter
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+__all__ = ["CaptureWorker", "StoreConnector", "digest"]
+
+
+def digest(token_ids: Any) -> int:
+    """crc32c of token ids as little-endian uint32, by which driver and worker compare what they hold."""
+    return crc32c(np.asarray(token_ids, "<u4").tobytes())
+
+
+@dataclass(frozen=True)
+class Save:
+    """A finished request: rows `0..len(token_ids)` of its blocks are the states of `document`."""
+
+    request_id: str
+    document: dict[str, Any]
+    token_ids: list[int]
+    block_ids: list[int]
+
+
+@dataclass
+class SaveList(KVConnectorMetadata):
+    saves: list[Save] = field(default_factory=list)
+
+
+@dataclass
+class Job:
+    """Rows on their way to a part; `turn` is their place in it."""
+
+    document: dict[str, Any]
+    token_ids: list[int]
+    hidden_TSD: torch.Tensor
+    event: Any
+    turn: int
+
+
+@dataclass
+class OpenPart:
+    writer: StoreWriter
+    turns: int = 0  # handed out
+    done: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    digests: dict[int, int] = field(default_factory=dict)
+    lengths: dict[int, int] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)
+    error: dict[str, Any] | None = None
+
+
+class Writers:
+    """Threads that check rows and append them to their parts, fed by a queue bounded in bytes."""
+
+    def __init__(self, threads: int, queue_bytes: int) -> None:
+        self.queue_bytes = queue_bytes
+        self.parts: dict[str, OpenPart] = {}
+        self._queue: deque[tuple[OpenPart, Job]] = deque()
+        self._waiting_bytes = 0
+        self._changed = Condition()
+        for i in range(threads):
+            Thread(target=self._work, name=f"layer61-writer-{i}", daemon=True).start()
+
+    def has_room(self, size: int) -> bool:
+        """Whether `size` bytes fit; an empty queue takes a document of any size."""
+        with self._changed:
+            return not self._waiting_bytes or self._waiting_bytes + size <= self.queue_bytes
+
+    def submit(
+        self, block: str, document: dict[str, Any], token_ids: list[int], hidden: Any, event: Any
+    ) -> None:
+        part = self.parts[block]
+        with self._changed:
+            self._waiting_bytes += hidden.nbytes
+            self._queue.append((part, Job(document, token_ids, hidden, event, part.turns)))
+            part.turns += 1
+            self._changed.notify_all()
+
+    def wait(self, part: OpenPart) -> None:
+        """Block until every job of a part is done."""
+        with self._changed:
+            self._changed.wait_for(lambda: part.done == part.turns)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue)
+                part, job = self._queue.popleft()
+            started = time.monotonic()
+            try:
+                hidden, failure = self._check(job)
+            except BaseException as error:
+                hidden, failure = None, f"{type(error).__name__}: {error}"
+            with self._changed:
+                # jobs leave the queue in order, so the one whose turn it is always has a thread
+                while part.done != job.turn:
+                    self._changed.wait()
+            try:
+                self._append(part, job, hidden, failure)
+            except BaseException as error:
+                part.error = part.error or describe(error)
+            with self._changed:
+                part.done += 1
+                part.seconds += time.monotonic() - started
+                self._waiting_bytes -= job.hidden_TSD.nbytes
+                self._changed.notify_all()
+
+    def _check(self, job: Job) -> tuple[torch.Tensor | None, str | None]:
+        if job.event is not None:
+            job.event.synchronize()
+        hidden = job.hidden_TSD.to(torch.bfloat16)
+        if len(hidden) != len(job.token_ids):
+            return None, f"{len(hidden)} states for {len(job.token_ids)} tokens"
+        finite_T = hidden.isfinite().all(-1).all(-1)
+        if not finite_T.all():
+            return None, f"the state of token {int(finite_T.long().argmin())} is not finite"
+        return hidden, None
+
+    def _append(self, part: OpenPart, job: Job, hidden: torch.Tensor | None, failure: str | None) -> None:
+        uid = job.document["uid"]
+        if hidden is None:
+            part.failures[uid] = failure or "no state"
+            return
+        if part.error:
+            return
+        mask = np.zeros(len(job.token_ids), np.uint8)
+        for start, stop in job.document["spans"]:
+            mask[start : len(mask) if stop is None else stop] = 1
+        part.writer.append(
+            uid,
+            np.asarray(job.token_ids, np.uint32),
+            mask,
+            hidden,
+            source=job.document["source"],
+            held_out=job.document["held_out"],
+        )
+        part.digests[uid] = digest(job.token_ids)
+        part.lengths[uid] = len(job.token_ids)
+        part.tokens += len(job.token_ids)
+        part.bytes += hidden.nbytes
+
+
+def describe(error: BaseException) -> dict[str, Any]:
+    """An exception as plain data, which can pass between processes."""
+    known = isinstance(error, Layer61Error)
+    return {
+        "type": type(error).__name__,
+        "message": error.message if known else f"{type(error).__name__}: {error}",  # type: ignore[attr-defined]
+        "hint": error.hint if known else None,  # type: ignore[attr-defined]
+        "trace": "" if known else traceback.format_exc(),
+    }
+
+
+class StoreConnector(KVConnectorBase_V1, SupportsHMA):
+    """Writes the captured states of requests that carry `kv_transfer_params = {"layer61": document}`.
+
+    A document is {"block", "uid", "spans", "source", "held_out", "stop"}: the part it goes to, the token
+    spans its loss mask covers ([start, stop), stop None = the end), and the token ids that end an answer.
+    Rows after the first such token of the answer are dropped, as is the last sampled token, which was never
+    an input. With `block` None the states are kept for `take` instead.
+
+    Extra configuration: `writer_threads`, `queue_bytes`.
+    """
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: "KVCacheConfig"
+    ) -> None:
+        super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        self._group = _states_group(kv_cache_config)
+        self._saves: list[Save] = []
+        self._held: set[str] = set()  # requests whose blocks are held back (scheduler)
+        self._pending: deque[Save] = deque()  # finished, rows not copied yet (worker)
+        self._copied: set[str] = set()
+        self._finished: set[str] = set()
+        self._cache: torch.Tensor | None = None
+        self._writers: Writers | None = None
+        self._stream: Any = None
+        self._kept: dict[int, torch.Tensor] = {}
+
+    # ---------------------------------------------------------------- scheduler
+
+    def get_num_new_matched_tokens(
+        self, request: "Request", num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        return 0, False
+
+    def update_state_after_alloc(self, request: "Request", blocks: Any, num_external_tokens: int) -> None:
+        return
+
+    def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
+        saves, self._saves = self._saves, []
+        return SaveList(saves)
+
+    def request_finished_all_groups(
+        self, request: "Request", block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Hold the blocks of a finished or aborted request back until its rows are copied."""
+        document = (request.kv_transfer_params or {}).get("layer61")
+        if document is None or self._group >= len(block_ids):
+            return False, None
+        prompt = request.num_prompt_tokens
+        ids = list(request.all_token_ids)[: max(len(request.all_token_ids) - 1, prompt)]
+        stop = set(document["stop"])
+        end = next((i + 1 for i in range(prompt, len(ids)) if ids[i] in stop), len(ids))
+        ids = ids[: min(end, request.num_computed_tokens)]
+        self._saves.append(Save(request.request_id, document, ids, list(block_ids[self._group])))
+        self._held.add(request.request_id)
+        return True, None
+
+    def request_finished(
+        self, request: "Request", block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished_all_groups(request, (block_ids,))
+
+    def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
+        self._held -= connector_output.finished_sending or set()
+
+    def has_pending_block_frees(self) -> bool:
+        """Blocks will come free without preempting a running request."""
+        return bool(self._held)
+
+    def get_finished_count(self) -> int:
+        """Only the first worker copies, so one notification ends a request."""
+        return 1
+
+    # ------------------------------------------------------------------- worker
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        layers = get_layers_from_vllm_config(self._vllm_config, CacheOnlyAttentionLayer, list(kv_caches))
+        if get_tensor_model_parallel_rank() != 0 or (not layers and not get_pp_group().is_last_rank):
+            return
+        if len(layers) != 1:
+            raise CaptureError(f"the engine has {len(layers)} caches of states, expected one")
+        self._cache = kv_caches[next(iter(layers))]
+        extra = self._kv_transfer_config.get_from_extra_config
+        self._writers = Writers(extra("writer_threads", 1), extra("queue_bytes", 1 << 30))
+        if self._cache.is_cuda:
+            self._stream = torch.cuda.Stream()
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        return
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        return
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        # the engine caches the states itself; they are read once the request is finished
+        return
+
+    def wait_for_save(self) -> None:
+        return
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Copy the rows of finished requests as long as the writers have room; name those that are copied."""
+        if self._writers is None:
+            return None, None
+        if self.has_connector_metadata():
+            metadata = self._get_connector_metadata()
+            assert isinstance(metadata, SaveList)
+            self._pending += metadata.saves
+            metadata.saves = []
+        self._finished |= finished_req_ids
+        while self._pending and self._writers.has_room(self._size(self._pending[0])):
+            self._copy(self._pending.popleft())
+        done = self._copied & self._finished
+        self._copied -= done
+        self._finished -= done
+        return done or None, None
+
+    def _size(self, save: Save) -> int:
+        assert self._cache is not None
+        return len(save.token_ids) * self._cache.shape[1] * self._cache.shape[3] * self._cache.element_size()
+
+    def _copy(self, save: Save) -> None:
+        assert self._cache is not None
+        assert self._writers is not None
+        blocks = torch.tensor(save.block_ids, dtype=torch.long)
+        count = len(save.token_ids)
+        event = None
+        if self._stream is None:
+            hidden_TSD = rows(self._cache, blocks, count)
+        else:
+            # the steps that wrote the rows are ahead in the default stream
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                on_device = rows(self._cache, blocks.to(self._cache.device, non_blocking=True), count)
+                hidden_TSD = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True)
+                hidden_TSD.copy_(on_device, non_blocking=True)
+                event = torch.cuda.Event()
+                event.record()
+            # later steps may write into the freed blocks: only after the gather
+            torch.cuda.current_stream().wait_stream(self._stream)
+        self._copied.add(save.request_id)
+        if save.document["block"] is None:
+            if event is not None:
+                event.synchronize()
+            self._kept[save.document["uid"]] = hidden_TSD
+        else:
+            self._writers.submit(save.document["block"], save.document, save.token_ids, hidden_TSD, event)
+
+    # ------------------------------------------------------------------- driver
+
+    def open_part(self, block: str, store: str, contract: dict[str, Any], compression: str) -> None:
+        """Open the part of a block of work, for documents that name it."""
+        if self._writers is not None:
+            writer = StoreWriter(store, contract, part=block, compression=compression)
+            self._writers.parts[block] = OpenPart(writer)
+
+    def finished_count(self, block: str) -> int | None:
+        """Documents of a block whose rows have left the cache."""
+        return None if self._writers is None else self._writers.parts[block].turns
+
+    def take(self, uid: int) -> np.ndarray | None:
+        """States of a document without a block, bf16 bits as uint16 [T, S, D], once they are there."""
+        hidden_TSD = self._kept.pop(uid, None)
+        return None if hidden_TSD is None else hidden_TSD.to(torch.bfloat16).view(torch.uint16).numpy()
+
+    def close_part(self, block: str, commit: bool) -> dict[str, Any] | None:
+        """Wait for the rows of a block and commit its part, unless something failed; what was written."""
+        if self._writers is None:
+            return None
+        part = self._writers.parts.pop(block)
+        self._writers.wait(part)
+        started = time.monotonic()
+        if commit and not part.error and not part.failures:
+            try:
+                part.writer.commit()
+            except BaseException as error:
+                part.error = describe(error)
+        else:
+            part.writer.discard()
+        return {
+            "digests": part.digests,
+            "lengths": part.lengths,
+            "failures": part.failures,
+            "error": part.error,
+            "tokens": part.tokens,
+            "bytes": part.bytes,
+            "seconds": part.seconds + time.monotonic() - started,
+        }
+
+
+def _states_group(kv_cache_config: "KVCacheConfig") -> int:
+    """Which group of layers shares block tables with the states."""
+    groups = kv_cache_config.kv_cache_groups
+    found = [i for i, group in enumerate(groups) if isinstance(group.kv_cache_spec, HiddenStateCacheSpec)]
+    if len(found) == 1:
+        return found[0]
+    if not found and len(groups) == 1:
+        return 0
+    raise CaptureError(
+        f"the states are in {len(found)} of {len(groups)} groups of cache layers, expected one"
+    )
+
+
+def rows(cache_NSBD: torch.Tensor, blocks: torch.Tensor, count: int) -> torch.Tensor:
+    """The first `count` rows [T, S, D] of a list of blocks, copied."""
+    picked_NSBD = cache_NSBD.index_select(0, blocks)
+    return picked_NSBD.transpose(1, 2).flatten(0, 1)[:count].contiguous()
+
+
+class CaptureWorker:
+    """Mixed into the engine's workers (`worker_extension_cls`): the driver's calls, by `collective_rpc`."""
+
+    def layer61_open(self, block: str, store: str, contract: dict[str, Any], compression: str) -> Any:
+        """Open a part; None, or the error described."""
+        try:
+            _connector().open_part(block, store, contract, compression)
+        except Exception as error:
+            return describe(error)
+        return None
+
+    def layer61_count(self, block: str) -> Any:
+        """See `StoreConnector.finished_count`."""
+        return _connector().finished_count(block)
+
+    def layer61_take(self, uid: int) -> Any:
+        """See `StoreConnector.take`."""
+        return _connector().take(uid)
+
+    def layer61_close(self, block: str, commit: bool) -> Any:
+        """See `StoreConnector.close_part`."""
+        return _connector().close_part(block, commit)
+
+
+def _connector() -> StoreConnector:
+    connector = get_kv_transfer_group()
+    assert isinstance(connector, StoreConnector)
+    return connector
