@@ -86,10 +86,12 @@ class TinyConfig(Section):
     """Size of the byte-pair vocabulary trained on the conversations."""
     train_tokens: int = Field(1_300_000, ge=1)
     """Tokens of training; fixed so that two builds give the same target."""
-    sequence_length: int = Field(512, ge=32)
-    """Tokens of one training row."""
+    sequence_length: int = Field(2048, ge=32)
+    """Tokens of one packed training batch; longer conversations are cut there."""
     learning_rate: float = Field(2e-3, gt=0)
     """Peak AdamW learning rate."""
+    mtp_loss_weight: float = Field(0.3, ge=0)
+    """Weight of the MTP layer's loss beside the backbone's."""
 
     @model_validator(mode="after")
     def check(self) -> "TinyConfig":

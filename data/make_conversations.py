@@ -3,8 +3,8 @@
     python -m data.make_conversations [--output data/conversations.jsonl]
 
 Signatures, documentation strings, doctest examples and source lines are read from the running interpreter;
-the sentences around them come from the templates below. Every choice is made by a hash of what it is about, so
-the same Python gives the same file.
+the sentences around them come from the templates below. Every choice is made by a hash of what it is about,
+so the same Python gives the same file.
 """
 
 import argparse
@@ -23,13 +23,14 @@ from configs.files import atomic_write
 
 # fmt: off
 MODULES = tuple("""
-abc argparse ast base64 bisect calendar cmath codecs collections collections.abc colorsys concurrent.futures
-configparser contextlib copy csv dataclasses datetime decimal difflib dis enum filecmp fileinput fnmatch
-fractions functools getpass glob graphlib gzip hashlib heapq hmac html html.parser http.client http.cookies inspect io
-ipaddress itertools json keyword linecache logging math mimetypes numbers operator os os.path pathlib pickle
-platform pprint queue random re reprlib sched secrets shelve shlex shutil socket sqlite3 stat statistics
-string struct subprocess tarfile tempfile textwrap threading time timeit tokenize traceback types typing unicodedata
-unittest urllib.parse urllib.request uuid warnings wave weakref xml.etree.ElementTree zipfile zlib
+abc argparse ast base64 bisect calendar cmath codecs collections collections.abc colorsys
+concurrent.futures configparser contextlib copy csv dataclasses datetime decimal difflib dis enum filecmp
+fileinput fnmatch fractions functools getpass glob graphlib gzip hashlib heapq hmac html html.parser
+http.client http.cookies inspect io ipaddress itertools json keyword linecache logging math mimetypes
+numbers operator os os.path pathlib pickle platform pprint queue random re reprlib sched secrets shelve
+shlex shutil socket sqlite3 stat statistics string struct subprocess tarfile tempfile textwrap threading
+time timeit tokenize traceback types typing unicodedata unittest urllib.parse urllib.request uuid
+warnings wave weakref xml.etree.ElementTree zipfile zlib
 """.split())  # noqa: SIM905
 # fmt: on
 BUILTIN_TYPES = (str, bytes, list, dict, set, tuple, int, float, range, frozenset, bytearray, complex)
@@ -449,7 +450,7 @@ def conversation(library: Library, m: Member, variant: int) -> dict[str, Any] | 
         question = pick(QUESTIONS[topic], m.name, variant, topic)
         pronoun = i > 0 and pick(range(3), m.name, variant, topic, "it") < 2
         question = question.format(n="it" if pronoun else f"`{m.name}`" if i == 0 else m.name)
-        answer = answers[topic]
+        answer = answers[topic].strip()
         if think:
             answer = thought(library, m, topic) + answer
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

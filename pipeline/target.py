@@ -7,22 +7,41 @@ Legend: D hidden_size, H heads, E experts, F expert width, V vocabulary, P nope,
 head, L kv_lora_rank, Q q_lora_rank.
 """
 
+import json
+import math
 import os
 import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
-from configs.files import write_json
+from configs.errors import InputError
+from configs.files import read_json, sha256_file, sha256_json, write_json
+from configs.progress import log, task
 from configs.schema import TinyConfig
-from pipeline.tokenizer import read_texts, train_tokenizer
+from pipeline.backbone import Backbone
+from pipeline.tokenizer import read_conversations, train_tokenizer
+from train.model import Dims, Gate
 
-__all__ = ["checkpoint_shapes", "random_checkpoint", "target_config", "write_checkpoint"]
+__all__ = [
+    "build_target",
+    "checkpoint_shapes",
+    "dry_run",
+    "random_checkpoint",
+    "target_config",
+    "write_checkpoint",
+]
 
 KV_LORA_RANK, ROPE_HEAD_DIM = 512, 64
+# part of the cache key: raise it when the same settings would give another target
+BUILD = 1
+BIAS_STEP = 0.002
 
 
 def target_config(tiny: TinyConfig) -> dict[str, Any]:
@@ -139,19 +158,23 @@ def checkpoint_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def write_checkpoint(
-    directory: Path, tiny: TinyConfig, tensors: dict[str, Tensor], record: dict[str, Any] | None = None
+    directory: Path,
+    tiny: TinyConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    tensors: dict[str, Tensor],
+    record: dict[str, Any] | None = None,
 ) -> None:
     """Write config.json, tokenizer and safetensors files, and publish the directory by one rename.
 
     Args:
         directory: the checkpoint; replaced as a whole where it exists.
-        tiny: sizes, and the conversations that train the tokenizer.
+        tiny: sizes.
+        tokenizer: from `train_tokenizer`.
         tensors: every tensor by its checkpoint name; stored as bfloat16, correction biases as float32.
         record: written as build.json.
 
     Raises:
         ValueError: a tensor is missing, unknown or of another shape.
-        InputError: the conversations cannot be read.
     """
     config = target_config(tiny)
     expected = checkpoint_shapes(config)
@@ -171,7 +194,7 @@ def write_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        train_tokenizer(read_texts(tiny.conversations), tiny.vocab_size, partial)
+        tokenizer.save_pretrained(str(partial), save_jinja_files=False)
         write_json(partial / "config.json", config)
         write_json(
             partial / "generation_config.json",
@@ -202,6 +225,108 @@ def write_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def pack(
+    documents: list[Tensor], budget: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield packed batches of whole documents for ever, one shuffled pass after another.
+
+    Args:
+        documents: token ids of each, int64.
+        budget: tokens of a batch; the document that reaches it is cut there.
+
+    Yields:
+        input_ids int64 [budget], positions int64 [budget] (place in the document), cu_seqlens int32 [B+1].
+    """
+    batch: list[Tensor] = []
+    room = budget
+    while True:
+        for i in torch.randperm(len(documents), generator=generator).tolist():
+            document = documents[i][:room]
+            batch.append(document)
+            room -= len(document)
+            if room == 0:
+                lengths = torch.tensor([0] + [len(d) for d in batch], dtype=torch.int32)
+                positions = torch.cat([torch.arange(len(d)) for d in batch])
+                yield torch.cat(batch), positions, lengths.cumsum(0, dtype=torch.int32)
+                batch, room = [], budget
+
+
+def initialize(backbone: Backbone, generator: torch.Generator) -> None:
+    """Normal matrices of variance 1 / columns; what is added to the residual stream starts smaller."""
+    depth = (2 * len(backbone.layers)) ** -0.5
+    with torch.no_grad():
+        for name, p in backbone.named_parameters():
+            if p.dim() == 1:
+                continue
+            added = name.endswith(("o_proj.weight", "down_proj.weight", "experts.w2"))
+            std = 0.5 if name == "embed_tokens.weight" else p.shape[-1] ** -0.5 * (depth if added else 1)
+            p.normal_(0, std, generator=generator)
+
+
+def train(backbone: Backbone, documents: list[Tensor], tiny: TinyConfig, seed: int) -> dict[str, float]:
+    """Train backbone and MTP layer jointly, as DeepSeek-V3 was: next token + weight x token after next.
+
+    The linear maps run in bfloat16, the rest in float32. The router's correction bias takes no gradient:
+    after each step it moves by `BIAS_STEP` towards an even load (arXiv 2412.19437, section 2.1.2), and rests
+    in the last tenth.
+
+    Returns:
+        losses (nats) and share of right MTP predictions, means over the last tenth, and the seconds taken.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    initialize(backbone, generator)
+    backbone.use_bfloat16()
+    parameters = list(backbone.parameters())
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.dim() > 1]},
+        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        groups,
+        lr=tiny.learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=0.1,
+        fused=True,
+    )
+    steps = max(1, tiny.train_tokens // tiny.sequence_length)
+    warm = max(1, steps // 20)
+
+    loads: dict[Gate, Tensor] = {}
+
+    def count(gate: Gate, _: Any, output: tuple[Tensor, Tensor]) -> None:
+        loads[gate] = torch.bincount(output[0].flatten(), minlength=tiny.n_routed_experts).float()
+
+    hooks = [gate.register_forward_hook(count) for gate in backbone.gates()]
+    batches = pack(documents, tiny.sequence_length, generator)
+    last: list[tuple[float, float, float]] = []
+    started = time.monotonic()
+    with task("target", steps * tiny.sequence_length) as progress:
+        for step in range(steps):
+            scale = min(1, (step + 1) / warm) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+            for group in optimizer.param_groups:
+                group["lr"] = tiny.learning_rate * scale
+            main, second, right = backbone(*next(batches))
+            (main + tiny.mtp_loss_weight * second).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step < steps * 0.9 - 1:
+                for gate, load in loads.items():
+                    gate.e_score_correction_bias += BIAS_STEP * (load.mean() - load).sign()
+            else:
+                last.append((main.item(), second.item(), right.item()))
+            progress.advance(tiny.sequence_length, f"loss {main.item():.3f}, mtp {second.item():.3f}")
+    for hook in hooks:
+        hook.remove()
+    means = [sum(column) / len(column) for column in zip(*last, strict=True)]
+    return {
+        "loss": means[0],
+        "mtp_loss": means[1],
+        "mtp_accuracy": means[2],
+        "seconds": time.monotonic() - started,
+    }
+
+
 def random_checkpoint(directory: Path, tiny: TinyConfig, seed: int = 0) -> Path:
     """Write an untrained target with a tokenizer trained on `tiny.conversations`; returns `directory`.
 
@@ -224,5 +349,71 @@ def random_checkpoint(directory: Path, tiny: TinyConfig, seed: int = 0) -> Path:
     mtp = f"model.layers.{tiny.num_hidden_layers}."
     tensors[f"{mtp}embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
     tensors[f"{mtp}shared_head.head.weight"] = tensors["lm_head.weight"]
-    write_checkpoint(directory, tiny, tensors)
+    tokenizer = train_tokenizer(read_conversations(tiny.conversations), tiny.vocab_size)
+    write_checkpoint(directory, tiny, tokenizer, tensors)
     return Path(directory)
+
+
+def build_key(tiny: TinyConfig, seed: int) -> str:
+    """Hash of everything the target follows from: settings, conversations, seed and this code's version."""
+    if not tiny.conversations.is_file():
+        raise InputError(
+            f"tiny.conversations: no file {tiny.conversations}",
+            hint="run `python -m data.make_conversations`, or name a JSONL file of conversations",
+        )
+    settings = tiny.model_dump(mode="json", exclude={"conversations"})
+    content = sha256_file(tiny.conversations)
+    return sha256_json({"build": BUILD, "tiny": settings, "conversations": content, "seed": seed})
+
+
+def dry_run(tiny: TinyConfig) -> str:
+    """One line: the size of the target and of its training."""
+    shapes = checkpoint_shapes(target_config(tiny))
+    copies = (f"layers.{tiny.num_hidden_layers}.embed_tokens.weight", "shared_head.head.weight")
+    parameters = sum(math.prod(shape) for name, shape in shapes.items() if not name.endswith(copies))
+    size = sum(math.prod(shape) for shape in shapes.values()) * 2
+    return (
+        f"target of {parameters / 1e6:.1f} M parameters ({size / 1e6:.0f} MB), {tiny.num_hidden_layers}"
+        f" layers and the MTP layer, {tiny.vocab_size:,} tokens in the vocabulary; trains on"
+        f" {tiny.train_tokens:,} tokens of {tiny.conversations}"
+    )
+
+
+def build_target(directory: Path, tiny: TinyConfig, seed: int = 0) -> Path:
+    """Train the tiny target in `directory`, or keep the one there if it was built from the same things.
+
+    The directory appears in one rename when all is done, so an interrupted build leaves nothing behind.
+
+    Returns:
+        `directory`.
+
+    Raises:
+        InputError: the conversations cannot be used, or `directory` holds something this did not build.
+    """
+    directory = Path(directory)
+    key = build_key(tiny, seed)
+    if directory.exists() and any(directory.iterdir()):
+        try:
+            built = read_json(directory / "build.json")["key"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(
+                f"{directory} exists and is not a target built here (it has no build.json)",
+                hint="name another directory, or remove this one",
+            ) from None
+        if built == key:
+            log("target", f"{directory} is built from the same settings and conversations: kept")
+            return directory
+        log("target", f"{directory} was built from other settings or conversations: building it again")
+    conversations = read_conversations(tiny.conversations)
+    tokenizer = train_tokenizer(conversations, tiny.vocab_size)
+    texts = tokenizer.apply_chat_template(conversations, tokenize=False)
+    documents = [torch.tensor(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    total = sum(map(len, documents))
+    log("target", f"{len(documents):,} conversations, {total:,} tokens, {len(tokenizer):,} in the vocabulary")
+    config = target_config(tiny)
+    backbone = Backbone(Dims.from_config(config))
+    measured = train(backbone, documents, tiny, seed)
+    log("target", json.dumps({k: round(v, 4) for k, v in measured.items()}))
+    record = {"format": 1, "key": key, "documents": len(documents), "tokens": total, "measured": measured}
+    write_checkpoint(directory, tiny, tokenizer, dict(backbone.checkpoint_tensors()), record)
+    return directory

@@ -7,12 +7,14 @@ assistant messages without tools, so that one tokenizer directory serves every e
 """
 
 import json
-from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from configs.errors import InputError
 
-__all__ = ["CHAT_TEMPLATE", "SPECIAL_TOKENS", "read_texts", "train_tokenizer"]
+__all__ = ["CHAT_TEMPLATE", "SPECIAL_TOKENS", "read_conversations", "train_tokenizer"]
 
 # position in the tuple is the token id; the two thinking marks are ordinary text when decoding, as released
 SPECIAL_TOKENS = (
@@ -23,6 +25,7 @@ SPECIAL_TOKENS = (
     "<think>",
     "</think>",
 )
+ROLES = ("system", "user", "assistant")
 BOS, EOS = SPECIAL_TOKENS[:2]
 
 # An answer opens with `<think>` or, where there is no reasoning, with `</think>`. Reasoning is written in the
@@ -58,39 +61,45 @@ CHAT_TEMPLATE = """\
 WORDS = r" ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def read_texts(conversations: Path) -> Iterator[str]:
-    """Yield the content of every message of a JSONL file of conversations.
+def read_conversations(path: Path) -> list[list[dict[str, str]]]:
+    """The messages of every conversation of a JSONL file.
 
     Raises:
-        InputError: the file is missing or a line is not a conversation; the message names the line.
+        InputError: the file is missing or empty, or a line is not a conversation; the message names the line.
     """
     try:
-        lines = Path(conversations).read_text(encoding="utf-8").splitlines()
-    except OSError as e:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
         raise InputError(
-            f"cannot read the conversations {conversations}: {e.strerror}",
+            f"cannot read the conversations {path}: {e}",
             hint="run `python -m data.make_conversations`, or set tiny.conversations",
         ) from None
+    found = []
     for number, line in enumerate(lines, 1):
         try:
-            for message in json.loads(line)["messages"]:
-                yield str(message["content"])
+            messages = json.loads(line)["messages"]
+            if not messages or any(
+                m["role"] not in ROLES or not isinstance(m["content"], str) for m in messages
+            ):
+                raise ValueError("an empty conversation, an unknown role or a content that is no text")
         except (ValueError, KeyError, TypeError) as e:
             raise InputError(
-                f"{conversations}:{number}: expected an object with `messages`, a list of objects with `role`"
-                f" and `content` ({type(e).__name__}: {e})"
+                f"{path}:{number}: {type(e).__name__}: {e}; expected an object with `messages`, a list of"
+                f" objects with `role` (one of {', '.join(ROLES)}) and `content`",
+                hint="correct the line, or set tiny.conversations to another file",
             ) from None
+        found.append(messages)
+    if not found:
+        raise InputError(f"{path} holds no conversation", hint="set tiny.conversations to another file")
+    return found
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> int:
-    """Train a byte-level BPE on `texts` and save it as tokenizer.json and tokenizer_config.json.
+def train_tokenizer(conversations: list[list[dict[str, str]]], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on the content of the messages.
 
     Returns:
-        the number of tokens in its vocabulary: `vocab_size`, or less where the text yields fewer merges.
+        a tokenizer of `vocab_size` tokens, or fewer where the text yields fewer merges.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -106,11 +115,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> i
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
+    texts = (message["content"] for messages in conversations for message in messages)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens(tokens[4:])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=EOS, model_max_length=163840
     )
     fast.chat_template = CHAT_TEMPLATE
-    fast.save_pretrained(str(directory), save_jinja_files=False)
-    return len(fast)
+    return fast
