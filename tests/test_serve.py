@@ -184,7 +184,7 @@ def verified(
         {
             "run": {"dir": folder / "run"},
             "target": {"path": target},
-            "prompts": {"path": conversations_file, "held_out": 0.99, "max_length": 900},
+            "prompts": {"path": conversations_file, "held_out": 0.99},
             "export": {"dir": folder / "nextn"},
             "verify": {"max_tokens": 40, "vllm": {"max_num_seqs": 4}},
         }
