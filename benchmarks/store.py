@@ -182,9 +182,14 @@ def remove(path: Path) -> None:
 
 
 class Rounds:
-    """Seconds and processor seconds of contenders in interleaved rounds."""
+    """Seconds and processor seconds of contenders in interleaved rounds.
 
-    def __init__(self) -> None:
+    Args:
+        limit_s: begin no further round after so many seconds, but never fewer than three rounds.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self.limit_s = limit_s
         self.seconds: dict[str, list[float]] = {}
         self.cpu: dict[str, list[float]] = {}
 
@@ -195,7 +200,10 @@ class Rounds:
         before: Callable[[str], None] | None = None,
         after: Callable[[str], None] | None = None,
     ) -> None:
+        started = time.perf_counter()
         for round_ in range(rounds):
+            if round_ >= 3 and time.perf_counter() - started > self.limit_s:
+                break
             for name in np.random.default_rng(round_).permutation(list(contenders)).tolist():
                 if before:
                     before(name)
@@ -236,14 +244,14 @@ def bench_reads(data: Data, rounds: int, table: Table) -> dict[str, float]:
     def timed(contender: Contender) -> Callable[[int], None]:
         return lambda round_: contender(orders[round_])
 
-    cold = Rounds()
+    cold = Rounds(rounds)
     timed_all = {name: timed(contender) for name, contender in contenders.items()}
     some = {name: timed_all[name] for name in ("np.memmap copy", "torch.load a file", "store, verified")}
     cold.run(max(3, rounds // 2), some, before=lambda name: drop_cache(places[name]))
     for name in ("np.memmap copy", "torch.load a file", "store, verified"):
         drop_cache(places[name])
         contenders[name](orders[-1])  # back into the cache, each in its own way
-    warm = Rounds()
+    warm = Rounds(rounds)
     warm.run(rounds, timed_all)
     for label, result in (("warm", warm), ("cold", cold)):
         for name in result.seconds:
@@ -283,7 +291,7 @@ def bench_loader(data: Data, rounds: int, table: Table) -> dict[str, float]:
 
     for name in loaders:
         run(name)(0)  # allocates the buffers
-    result = Rounds()
+    result = Rounds(rounds)
     result.run(rounds, {name: run(name) for name in loaders})
     gb = passes * data.gb
     cpu = {name: statistics.median(result.cpu[name]) / gb for name in loaders}
@@ -332,7 +340,7 @@ def bench_writes(data: Data, rounds: int, table: Table) -> dict[str, float]:
         }
         if fsync:
             contenders["store, 4 threads"] = lambda _: data.write_store(out, True, writers=4)
-        result = Rounds()
+        result = Rounds(rounds)
         # what others left to be written is out of the way first
         result.run(rounds, contenders, before=lambda _: os.sync(), after=lambda _: remove(out))
         for name in contenders:
@@ -363,7 +371,7 @@ def main() -> None:
     root.mkdir(parents=True)
     try:
         data = Data(root, 16_000 if arguments.quick else 28_000)
-        rounds = 7 if arguments.quick else 15
+        rounds = 7 if arguments.quick else 15  # and about as many seconds for each comparison
         data.write_raw(data.raw, True)
         data.write_files(data.files, True)
         data.write_store(data.store, True)
