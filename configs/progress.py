@@ -37,7 +37,8 @@ class Task:
             return
         now = time.monotonic()
         tenth = self.done / self.total * 10 if self.total else 10
-        if tenth >= self._next_tenth or now - self._said >= 60:
+        due = tenth >= self._next_tenth and now - self._said >= 2
+        if due or now - self._said >= 60 or (self.done >= self.total and self._next_tenth <= 10):
             self._next_tenth, self._said = int(tenth) + 1, now
             elapsed = now - self._started
             left = elapsed / self.done * (self.total - self.done) if self.done else 0

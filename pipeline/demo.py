@@ -71,7 +71,7 @@ def _stage(verb: str, files: Sequence[str], overrides: Sequence[str]) -> dict[st
         Layer61Error: the verb failed; its own message is already on the screen.
     """
     command = [sys.executable, "-m", "pipeline", verb, *files, *overrides]
-    log("demo", f"layer61 {' '.join(command[3:])}")
+    log("demo", f"layer61 {verb}")
     with _child(command) as process:
         out, _ = process.communicate()
     if process.returncode:
@@ -87,14 +87,14 @@ def _size_bytes(path: Path) -> int:
 
 
 def _table(summary: dict[str, Any], config: RunConfig) -> Table:
-    table = Table(title="Acceptance on held-out conversations", title_justify="left")
-    table.add_column("")
-    table.add_column("before: the target's own layer", justify="right")
-    table.add_column("after: trained", justify="right")
+    table = Table(title="Before: the target's own layer. After: trained.", title_justify="left")
+    table.add_column("held-out conversations")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
     before, after = summary["before"], summary["after"]
     drafts = config.verify.num_speculative_tokens
-    rows = [(f"acceptance length, {drafts} draft tokens, vLLM", "acceptance_length")]
-    rows.append(("acceptance length, offline evaluator", "offline_acceptance_length"))
+    rows = [(f"acceptance length, {drafts} drafts, vLLM", "acceptance_length")]
+    rows.append(("acceptance length, offline", "offline_acceptance_length"))
     for name, key in rows:
         table.add_row(name, f"{before[key]:.3f}", f"{after[key]:.3f}")
     for k, pair in enumerate(
@@ -103,10 +103,10 @@ def _table(summary: dict[str, Any], config: RunConfig) -> Table:
         table.add_row(f"acceptance at position {k + 1}", *(f"{x:.1%}" for x in pair))
     table.add_section()
     for stage, cost in summary["stages"].items():
-        table.add_row(stage, f"{cost['seconds']:.0f} s", f"{cost['bytes'] / 2**20:,.1f} MiB on disk")
+        table.add_row(stage, f"{cost['seconds']:.0f} s", f"{cost['bytes'] / 2**20:,.1f} MiB")
     table.add_section()
     table.add_row(
-        "whole run", f"{summary['seconds']:.0f} s", f"{summary['peak_rss_bytes'] / 2**30:.1f} GiB peak"
+        "whole run", f"{summary['seconds']:.0f} s", f"{summary['peak_rss_bytes'] / 2**30:.1f} GiB RAM"
     )
     return table
 
