@@ -31,10 +31,11 @@ class HeadLoss(NamedTuple):
 
 
 def default_chunk(vocab_size: int, device: torch.device) -> int:
-    """Tokens of a chunk: two bfloat16 logit tensors of 0.5 GB each on a GPU, of a few MB on CPU."""
-    budget = 1 << 28 if device.type == "cuda" else 1 << 20
-    tokens = max(budget // vocab_size, 1)
-    return tokens // 128 * 128 if tokens > 128 else tokens
+    """Tokens of a chunk: two bfloat16 logit tensors of 0.5 GB each on a GPU, what a cache holds on CPU."""
+    if device.type == "cuda":
+        return max((1 << 28) // vocab_size // 128, 1) * 128
+    # matrix products of fewer than 64 rows are slow
+    return max((1 << 19) // vocab_size, 64)
 
 
 def _rows(backend: str) -> Any:
@@ -139,7 +140,7 @@ def head_loss(
             the loss and a gradient of exact zeros, whatever its states hold.
         targets: int64 [T], required by `ce`; not read where the weight is 0.
         temperature: above 0.
-        chunk: tokens whose logits are held at once; by default what fits 0.5 GB (a few MB on CPU).
+        chunk: tokens whose logits are held at once; by default what fits 0.5 GB (a cache on CPU).
         backend: `torch` or `triton`; None chooses by device.
 
     Returns:

@@ -16,7 +16,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from train.kernels.tiles import TABLE, Tile
 
-__all__ = ["INTERPRETED", "Call", "launch", "matrix", "record", "require_device", "tile_for", "use_tiles"]
+__all__ = [
+    "INTERPRETED",
+    "Call",
+    "launch",
+    "matrix",
+    "record",
+    "require_device",
+    "run",
+    "tile_for",
+    "use_tiles",
+]
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether the kernels run in Triton's interpreter (TRITON_INTERPRET=1 when this module was imported)."""
@@ -26,6 +36,7 @@ class Call(NamedTuple):
     """One launch that was recorded."""
 
     kernel: Any
+    programs: int
     tile: Tile
     arguments: dict[str, Any]
 
@@ -104,9 +115,15 @@ def matrix(tensor: torch.Tensor, rows: int, columns: int, tile: Tile) -> TensorD
     return TensorDescriptor.from_tensor(tensor.view(-1, tensor.shape[-1]), [rows, columns])
 
 
+def run(call: Call) -> None:
+    """Make a launch."""
+    options = {"num_warps": call.tile.warps, "num_stages": call.tile.stages}
+    call.kernel[(call.programs,)](**call.arguments, **options)
+
+
 def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
     """Run `programs` programs of a kernel."""
     if recording := _recording.get():
-        recording.calls.append(Call(kernel, tile, arguments))
+        recording.calls.append(Call(kernel, programs, tile, arguments))
         return
-    kernel[(programs,)](**arguments, num_warps=tile.warps, num_stages=tile.stages)
+    run(Call(kernel, programs, tile, arguments))

@@ -82,20 +82,26 @@ def loss_rows(
         per_token_C, agree_C, overlap_C: filled in: unweighted loss, equal arg-max, sum of min(p, q).
         backward: whether to form the gradient.
     """
-    torch.eq(s_CV.argmax(-1), t_CV.argmax(-1), out=agree_C)
     wide = per_token_C.dtype
-    s, t = s_CV.to(wide), t_CV.to(wide)
+    (s_max_C, s_at_C), (t_max_C, t_at_C) = s_CV.max(-1), t_CV.max(-1)
+    torch.eq(s_at_C, t_at_C, out=agree_C)
+    s, t = s_CV, t_CV
     if temperature != 1:
-        s, t = s / temperature, t / temperature
-    log_q, log_p = s.log_softmax(-1), t.log_softmax(-1)
-    q, p = log_q.exp(), log_p.exp()
+        s, t = s.to(wide).div_(temperature), t.to(wide).div_(temperature)
+        s_max_C, t_max_C = s_max_C.to(wide) / temperature, t_max_C.to(wide) / temperature
+    q, p = s.softmax(-1, dtype=wide), t.softmax(-1, dtype=wide)
     torch.sum(torch.minimum(p, q), -1, out=overlap_C)
+    # log-sum-exp, from the greatest logit and its probability, without another pass
+    s_lse_C = s_max_C.to(wide) - q.gather(1, s_at_C[:, None])[:, 0].log_()
     if loss == "ce":
         assert target_C is not None
         token_C1 = target_C.clamp(0, s.shape[1] - 1)[:, None]
-        per_token_C.copy_(log_q.gather(1, token_C1)[:, 0].neg_())
+        torch.sub(s_lse_C, s.gather(1, token_C1)[:, 0].to(wide), out=per_token_C)
     if loss in ("kl", "lk_lambda"):
-        torch.linalg.vecdot(p, log_p.sub_(log_q), out=per_token_C)
+        t_lse_C = t_max_C.to(wide) - p.gather(1, t_at_C[:, None])[:, 0].log_()
+        difference = torch.sub(t, s) if s.dtype == wide else t.to(wide).sub_(s)
+        torch.linalg.vecdot(p, difference, out=per_token_C)
+        per_token_C.add_(s_lse_C - t_lse_C)
     if loss == "lk_lambda":
         mix_C = overlap_C.mul(-ETA).exp_()
         per_token_C.mul_(mix_C).add_((1 - mix_C) * (1 - overlap_C))

@@ -54,16 +54,15 @@ def route(topk_ids: Tensor, num_experts: int) -> Routing:
 
 
 def default_backend(x: Tensor, w1: Tensor) -> Backend:
-    """Triton on a GPU from sm_80 on, grouped_mm on older ones; the loop on CPU, and where neither fits.
+    """Triton on a GPU from sm_80 on, grouped_mm elsewhere, the loop where neither fits.
 
     Both need rows of a multiple of 16 bytes, and bfloat16 or float32.
     """
-    if x.device.type != "cuda":
-        return "torch"
     aligned = all(n * x.element_size() % 16 == 0 for n in w1.shape[1:])
     if not aligned or x.dtype not in (torch.bfloat16, torch.float32):
         return "torch"
-    return "triton" if torch.cuda.get_device_capability(x.device)[0] >= 8 else "grouped_mm"
+    gpu = x.device.type == "cuda" and torch.cuda.get_device_capability(x.device)[0] >= 8
+    return "triton" if gpu else "grouped_mm"
 
 
 def check_rows(x: Tensor, w1: Tensor, backend: str) -> None:
