@@ -8,10 +8,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import tune
+from train.kernels import tiles
 from train.kernels.aot import SHARED_LIMIT
 from train.kernels.tiles import TABLE, Tile
 
@@ -34,8 +37,8 @@ def label(row: dict[str, Any]) -> str:
 
 def test_every_tile_of_the_table_is_compiled(kernels: list[dict[str, Any]]) -> None:
     compiled = {(row["arch"], row["dtype"], row["kernel"], tuple(row["tile"])) for row in kernels}
-    for (arch, dtype, _), tiles in TABLE.items():
-        for kernel, tile in tiles.items():
+    for (arch, dtype, _), entries in TABLE.items():
+        for kernel, tile in entries.items():
             if arch != "interpreter":
                 names = ("bfloat16",) if dtype == "any" else (dtype,)
                 assert all((arch, name, kernel, tuple(tile)) in compiled for name in names)
@@ -72,3 +75,15 @@ def test_products_use_the_instructions_of_their_architecture(kernels: list[dict[
         assert (row["tma"] > 0) == tma, label(row)
         # what TMA brings needs no pointer copies; gathered rows do
         assert (row["async_copies"] > 0) == (row["kernel"] in GATHERING or not tma), label(row)
+
+
+def test_the_tuner_writes_the_table_back_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise tuning one architecture would disturb the entries of the others."""
+    copy = tmp_path / "tiles.py"
+    copy.write_text(Path(tiles.__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(tiles, "__file__", str(copy))
+    tune.write(TABLE)
+    monkeypatch.undo()
+    assert copy.read_text(encoding="utf-8") == Path(tiles.__file__).read_text(encoding="utf-8")

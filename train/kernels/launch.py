@@ -19,6 +19,7 @@ from train.kernels.tiles import TABLE, Tile
 __all__ = [
     "INTERPRETED",
     "Call",
+    "architecture",
     "launch",
     "matrix",
     "record",
