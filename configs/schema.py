@@ -254,6 +254,7 @@ OWNED: dict[str, frozenset[str]] = {
     "dump.vllm": frozenset(
         {"model", "tokenizer", "tensor_parallel_size", "max_model_len", "seed", "speculative_config"}
         | {"kv_transfer_config", "skip_tokenizer_init", "hf_overrides", "hf_config_path"}
+        | {"worker_extension_cls"}
     ),
     "verify.vllm": frozenset({"model", "tokenizer", "tensor_parallel_size", "seed", "speculative_config"}),
     "train.deepspeed": frozenset(

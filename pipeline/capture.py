@@ -36,6 +36,8 @@ CPU_KV_CACHE_BYTES = 1 << 30
 CPU_SEQUENCES = 128
 # calls of the engine without a document leaving the cache, each after a pause of one millisecond
 IDLE_STEPS = 60_000
+# an engine that is asked to end takes about a second
+CLOSE_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,11 @@ class Engine:
         stop = set(self.settings.stop_ids)
         sampled: dict[str, list[int]] = {}
         while self.engine.has_unfinished_requests():
-            for output in self.engine.step():
+            outputs = self.engine.step()
+            if not outputs:
+                # every block is held back for the writers, which need this process's time
+                time.sleep(1e-3)
+            for output in outputs:
                 tokens = sampled.setdefault(output.request_id, [])
                 tokens += output.outputs[0].token_ids  # type: ignore[union-attr, index]
                 done = output.finished
@@ -170,7 +176,6 @@ class Engine:
         refused = self._call("layer61_open", block, settings.store, settings.contract, settings.compression)
         if refused:
             _raise(refused)
-        committed = False
         try:
             for document in documents:
                 fields = {
@@ -185,10 +190,12 @@ class Engine:
             sizes = {str(d.uid): len(d.input_ids) for d in documents}
             sampled = self._generate(lambda name, count: progress(sizes[name] + count - 1))
             self._drain(lambda: self._call("layer61_count", block), len(documents))
-            expected = {d.uid: self._expected(d, sampled[str(d.uid)]) for d in documents}
-            committed = True
-        finally:
-            written = self._call("layer61_close", block, committed and expected)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self._call("layer61_close", block, None)
+            raise
+        expected = {d.uid: self._expected(d, sampled[str(d.uid)]) for d in documents}
+        written = self._call("layer61_close", block, expected)
         if written["error"]:
             _raise(written["error"])
         if written["failures"]:
@@ -378,9 +385,10 @@ class Capture:
         self._connection.send(("probe", (ids,)))
         return self._answer(lambda tokens: None)
 
-    def close(self) -> None:
+    def close(self, patience_s: float = 0) -> None:
         """End the engine's process; what it had not committed is lost."""
         self._connection.close()
+        self._process.join(patience_s)
         if self._process.is_alive():
             self._process.terminate()
         self._process.join()
@@ -391,4 +399,4 @@ class Capture:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(CLOSE_SECONDS if kind is None else 0)

@@ -85,8 +85,7 @@ class OpenPart:
     tokens: int = 0
     bytes: int = 0
     seconds: float = 0.0
-    digests: dict[int, int] = field(default_factory=dict)
-    lengths: dict[int, int] = field(default_factory=dict)
+    digests: dict[int, tuple[int, int]] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
     error: dict[str, Any] | None = None
 
@@ -176,8 +175,7 @@ class Writers:
             source=job.document["source"],
             held_out=job.document["held_out"],
         )
-        part.digests[uid] = digest(job.token_ids)
-        part.lengths[uid] = len(job.token_ids)
+        part.digests[uid] = (len(job.token_ids), digest(job.token_ids))
         part.tokens += len(job.token_ids)
         part.bytes += hidden.nbytes
 
@@ -357,14 +355,29 @@ class StoreConnector(KVConnectorBase_V1, SupportsHMA):
         hidden_TSD = self._kept.pop(uid, None)
         return None if hidden_TSD is None else hidden_TSD.to(torch.bfloat16).view(torch.uint16).numpy()
 
-    def close_part(self, block: str, commit: bool) -> dict[str, Any] | None:
-        """Wait for the rows of a block and commit its part, unless something failed; what was written."""
+    def close_part(self, block: str, expected: dict[int, tuple[int, int]] | None) -> dict[str, Any] | None:
+        """Wait for the rows of a block and commit its part.
+
+        Args:
+            block: the part.
+            expected: number and digest of the tokens of each document, by uid; None to throw the part away.
+
+        Returns:
+            what was written, `failures` by uid, and the `error` that stopped writing, if any; the part is
+            committed only without either. None in workers that do not write.
+        """
         if self._writers is None:
             return None
         part = self._writers.parts.pop(block)
         self._writers.wait(part)
         started = time.monotonic()
-        if commit and not part.error and not part.failures:
+        for uid, sent in (expected or {}).items():
+            found = part.digests.get(uid)
+            if uid not in part.failures and not part.error and found != tuple(sent):
+                part.failures[uid] = (
+                    f"{found[0] if found else 0} tokens came back, expected {sent[0]}, or their ids differ"
+                )
+        if expected is not None and not part.error and not part.failures:
             try:
                 part.writer.commit()
             except BaseException as error:
@@ -372,8 +385,6 @@ class StoreConnector(KVConnectorBase_V1, SupportsHMA):
         else:
             part.writer.discard()
         return {
-            "digests": part.digests,
-            "lengths": part.lengths,
             "failures": part.failures,
             "error": part.error,
             "tokens": part.tokens,
@@ -420,9 +431,9 @@ class CaptureWorker:
         """See `StoreConnector.take`."""
         return _connector().take(uid)
 
-    def layer61_close(self, block: str, commit: bool) -> Any:
+    def layer61_close(self, block: str, expected: dict[int, tuple[int, int]] | None) -> Any:
         """See `StoreConnector.close_part`."""
-        return _connector().close_part(block, commit)
+        return _connector().close_part(block, expected)
 
 
 def _connector() -> StoreConnector:

@@ -34,7 +34,7 @@ from configs.target import target_config
 from featurestore import PartExistsError, part_exists, publish
 from featurestore.objects import open_objects
 from featurestore.writer import read_root
-from pipeline.capture import BlockResult, Capture, EngineSettings
+from pipeline.capture import CLOSE_SECONDS, BlockResult, Capture, EngineSettings
 from pipeline.prompts import Document, Prompts, load_prompts, write_rejects
 
 __all__ = ["Block", "DumpPlan", "blocks", "contract", "plan", "run"]
@@ -412,6 +412,7 @@ def _run_here(
                 rest = block.most_tokens - (progress.done - before)
                 written = f"{captured['tokens']:,} tokens written"
                 progress.advance(rest, written)
+        session.close(CLOSE_SECONDS)
     finally:
         captured["start"] = session.start_seconds
         session.close()
@@ -452,10 +453,10 @@ class Session:
                 engine = self._engine()
         raise AssertionError("unreachable")
 
-    def close(self) -> None:
-        """End the engine."""
+    def close(self, patience_s: float = 0) -> None:
+        """End the engine, with time to clear up after itself where nothing went wrong."""
         if self._capture is not None:
-            self._capture.close()
+            self._capture.close(patience_s)
             self._capture = None
 
 
