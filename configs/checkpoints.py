@@ -5,7 +5,7 @@ RUN/checkpoints/
   best.json            {"format": 1, "checkpoint": name, "acceptance_length"} by offline acceptance
   step_000200/
     COMMIT.json        written last: {"format": 1, "files": {name: bytes}}
-    layer61.json       {"format": 1, "step", "ranks", "contract", "loader", "metrics", "settings"}
+    layer61.json       {"format": 1, "step", "ranks", "contract", "loader", "metrics"}
     weights/           the layer under its checkpoint names: safetensors files and their index
     deepspeed/         partitions of parameters and optimizer, one pair of files a rank
 """

@@ -198,8 +198,6 @@ class TrainConfig(Section):
     """Largest global gradient norm."""
     freeze: tuple[str, ...] = ("self_attn.indexer.", "mlp.gate.weight")
     """Name prefixes of layer parameters that stay as released; embedding, head and router bias always do."""
-    expert_parallel_size: int = Field(1, ge=1)
-    """Ranks the experts are divided over; inside such a group tokens travel to their experts."""
     moe_backend: Literal["auto", "torch", "grouped_mm", "triton"] = "auto"
     """Expert kernels; `auto` takes Triton on CUDA and the fastest torch form elsewhere."""
     checkpoint_every: int = Field(200, ge=1, json_schema_extra=FREE)

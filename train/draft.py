@@ -80,7 +80,8 @@ def pack(batch: Any, column: int, dtype: torch.dtype, device: torch.device) -> P
         )
 
     def copy(x: Tensor, to: torch.dtype | None = None) -> Tensor:
-        return x.to(device=device, dtype=to, non_blocking=True, copy=True)
+        # blocking: the loader reads into these buffers again as soon as its next batch is asked for
+        return x.to(device=device, dtype=to, copy=True)
 
     return Packed(
         copy(batch.input_ids),

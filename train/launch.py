@@ -7,10 +7,12 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from configs import errors
 from configs.errors import Layer61Error
 from configs.files import read_json, write_json
 from configs.load import load_config
@@ -41,7 +43,7 @@ def run(config: RunConfig) -> dict[str, Any] | None:
         The summary of the run on rank 0, None on other ranks.
 
     Raises:
-        Layer61Error: training failed; what a rank of our own found wrong is raised here with its exit code.
+        Layer61Error: training failed; what a rank of our own found wrong is raised here.
     """
     if "RANK" in os.environ or config.train.ranks == 1:
         from train.trainer import Stopped, train
@@ -111,6 +113,8 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> list[tuple[int, int]]:
         for rank, process in enumerate(processes):
             code = process.poll()
             if code is not None and rank not in dict(ended):
+                # killed by a signal counts as a shell counts it
+                code = code if code >= 0 else 128 - code
                 ended.append((rank, code))
                 if code and deadline == float("inf"):
                     deadline = time.monotonic() + GRACE_SECONDS
@@ -119,7 +123,7 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> list[tuple[int, int]]:
                 if process.poll() is None:
                     process.kill()
         # a rank that found something wrong has written it down: no need to wait for the others
-        elif any(code > 0 and code < 128 for _, code in ended) and deadline < float("inf"):
+        elif any(0 < code < 128 for _, code in ended):
             deadline = min(deadline, time.monotonic() + 1)
         time.sleep(0.05)
     return ended
@@ -128,12 +132,11 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> list[tuple[int, int]]:
 def _explain(path: Path, rank: int, code: int) -> Layer61Error:
     try:
         found = read_json(path)
-        error = Layer61Error(found["message"], found["hint"])
+        kind = getattr(errors, found["kind"], Layer61Error)
+        return kind(found["message"], found["hint"])
     except (OSError, ValueError, KeyError):
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        error = Layer61Error(f"rank {rank} {how}", "the same command continues from the last checkpoint")
-    error.exit_code = code if code > 0 else 1
-    return error
+        how = f"was killed by signal {code - 128}" if code > 128 else f"ended with exit code {code}"
+    return Layer61Error(f"rank {rank} {how}", "the same command continues from the last checkpoint")
 
 
 def _die_with(parent: int) -> None:
@@ -153,11 +156,16 @@ def main(folder: Path) -> int:
     try:
         result = train(load_config([folder / "config.json"]))
     except Layer61Error as error:
-        found = {"message": error.message, "hint": error.hint}
+        found = {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
         write_json(folder / f"error.{rank}.json", found)
         code = error.exit_code
     except Stopped as stopped:
         code = 128 + stopped.number
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except Exception:
+        traceback.print_exc()
+        code = 1
     else:
         if rank == 0:
             write_json(folder / "result.json", result)

@@ -44,11 +44,13 @@ class Stopped(BaseException):
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Note SIGINT and SIGTERM instead of dying of them; the loop looks once a step."""
+    """Note the first SIGINT or SIGTERM instead of dying of it, and look once a step; a second one ends us."""
     caught: list[int] = []
 
     def note(number: int, _frame: FrameType | None) -> None:
         caught.append(number)
+        for n in handlers:
+            signal.signal(n, signal.SIG_DFL)
 
     handlers = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -176,13 +178,12 @@ def train(config: RunConfig) -> dict[str, Any] | None:
     if config.target.path is None:
         raise ConfigError("target.path is not set", "set it to the directory of the target checkpoint")
     torch.manual_seed(config.run.seed)
-    with _signals() as caught:
-        rank, world = zero.init_distributed()
-        try:
-            with _alone_in(config.run.dir, rank == 0):
-                summary = _train(config, rank, world, caught)
-        finally:
-            zero.shutdown()
+    rank, world = zero.init_distributed()
+    try:
+        with _signals() as caught, _alone_in(config.run.dir, rank == 0):
+            summary = _train(config, rank, world, caught)
+    finally:
+        zero.shutdown()
     return summary if rank == 0 else None
 
 

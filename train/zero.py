@@ -43,6 +43,7 @@ __all__ = [
     "shutdown",
 ]
 
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 # elements of one gradient bucket; its buffer is allocated whole
 REDUCE_BUCKET = 500_000_000
 
@@ -61,11 +62,11 @@ def device() -> torch.device:
 
 def init_distributed() -> tuple[int, int]:
     """Join the process group the environment names, alone where it names none; returns (rank, world size)."""
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:
         from train.launch import free_port
 
-        os.environ.update(alone | {"MASTER_PORT": str(free_port())})
+        # DeepSpeed knows no other way to be alone
+        os.environ.update(ALONE | {"MASTER_PORT": str(free_port())})
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # a shared-memory all-reduce that is compiled at first use; gloo needs no compiler
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -77,6 +78,9 @@ def shutdown() -> None:
     """Leave the process group, so that another one can be joined."""
     if dist.is_initialized():
         deepspeed.comm.destroy_process_group()
+    if all(os.environ.get(key) == value for key, value in ALONE.items()):
+        for key in (*ALONE, "MASTER_PORT"):
+            os.environ.pop(key, None)
 
 
 def _merge(into: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
