@@ -60,6 +60,8 @@ class Objects(Protocol):
     """The objects of one store."""
 
     url: str
+    read_around: bool
+    """Whether a local file may be read beyond what is asked for, in large pages; else exactly that."""
 
     def read(self, name: str) -> bytes: ...
     def write(self, name: str, data: bytes, *, create: bool = False) -> None: ...
@@ -139,24 +141,27 @@ def _sync(path: str) -> None:
 class LocalFile:
     """An open file; its descriptor closes with the last reference, so that a cache may drop it while read."""
 
-    def __init__(self, path: str) -> None:
-        self.fd = -1
+    def __init__(self, path: str, read_around: bool = True) -> None:
+        self.fd, self.read_around = -1, read_around
         with _explained("read", path):
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self.size = os.fstat(self.fd).st_size
+            advice = os.POSIX_FADV_SEQUENTIAL if read_around else os.POSIX_FADV_RANDOM
+            os.posix_fadvise(self.fd, 0, 0, advice)
 
     def __del__(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
 
     def window(self, offset: int, length: int) -> "LocalFile":
-        """Reads pieces straight from the file; asks the kernel for the whole span if it is not in memory."""
-        try:
-            os.preadv(self.fd, [bytearray(1)], offset + length // 2, NOWAIT)
-        except BlockingIOError:
-            os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_WILLNEED)
-        except OSError:  # a file system without such reads
-            pass
+        """Reads pieces straight from the file; asks for the whole span at once if it is not in memory."""
+        if not self.read_around:
+            try:
+                os.preadv(self.fd, [bytearray(1)], offset + length // 2, NOWAIT)
+            except BlockingIOError:
+                os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_WILLNEED)
+            except OSError:  # a file system without such reads
+                pass
         return self
 
     def readv(self, buffers: Sequence[memoryview], offset: int) -> None:
@@ -212,6 +217,7 @@ class LocalObjects:
         self.root = os.path.abspath(root)
         self.url = str(root)
         self.durable = durable
+        self.read_around = True
 
     def _path(self, name: str) -> str:
         return os.path.join(self.root, name)
@@ -264,7 +270,7 @@ class LocalObjects:
             list(pool.map(_sync, paths))
 
     def open(self, name: str, size: int | None = None) -> LocalFile:
-        return LocalFile(self._path(name))
+        return LocalFile(self._path(name), self.read_around)
 
     def windows(self, spans: Sequence[tuple[LocalFile, int, int]]) -> list[LocalFile]:
         return [file.window(offset, length) for file, offset, length in spans]
@@ -433,6 +439,7 @@ class RemoteObjects:
         from obstore.exceptions import BaseError
 
         self.url = url.rstrip("/")
+        self.read_around = False
         parts = urlsplit(self.url)
         self.bucket = f"{parts.scheme}://{parts.netloc}"
         path = parts.path.strip("/")

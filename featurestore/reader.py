@@ -256,6 +256,9 @@ class FeatureStore:
 
     def __init__(self, objects: Objects, manifest: dict[str, Any]) -> None:
         self.objects, self.manifest, self.url = objects, manifest, objects.url
+        # what is read beside a document is needed later; if it stays in memory until then, it is well read
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        objects.read_around = manifest["totals"]["bytes"] < memory / 2
         self._index = read_index(objects, manifest)
         self.uid = self._index["uid"]
         self.length = self._index["length"]

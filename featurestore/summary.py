@@ -52,7 +52,7 @@ def exponent_entropy(store: FeatureStore, tokens: int = SAMPLED_TOKENS) -> dict[
     if not count:
         return {"exponent_bits": 0.0, "sign_mantissa_bits": 0.0, "lossless_bound": 1.0}
     bits_e, bits_r = _entropy(exponent), _entropy(rest)
-    bound = 16 / (bits_e + bits_r) if bits_e + bits_r > 0 else float("inf")
+    bound = 16 / max(bits_e + bits_r, 1e-3)  # all values equal: no bound worth the name
     return {"exponent_bits": bits_e, "sign_mantissa_bits": bits_r, "lossless_bound": bound}
 
 
