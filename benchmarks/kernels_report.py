@@ -21,6 +21,14 @@ SHAPES = {"bfloat16": {"short": 8192, "long": 32768}, "float32": {"any": 8192}}
 """Tokens that fall into each shape class of the table."""
 
 
+def variant(call: Call) -> str:
+    """Which of the forms of a kernel a launch takes; empty where there is one."""
+    transposed, accumulate = (call.arguments.get(name) for name in ("TRANSPOSED", "ACCUMULATE"))
+    if transposed is None:
+        return ""
+    return ("w2" if transposed else "w1 w3") + (" added" if accumulate else "")
+
+
 def calls(arch: str) -> Iterator[tuple[str, str, Call]]:
     """Dtype, shape class and launch of every distinct kernel of an architecture."""
     seen = set()
@@ -29,8 +37,7 @@ def calls(arch: str) -> Iterator[tuple[str, str, Call]]:
             for accumulate in (False, True):
                 for call in moe_calls(arch, tokens, E, D, F, K, getattr(torch, dtype), accumulate):
                     # the two gather_sums and the weight gradients of w1 and w3 are one kernel each
-                    flags = (call.arguments.get("TRANSPOSED"), call.arguments.get("ACCUMULATE"))
-                    key = (call.kernel.fn.__name__, call.tile, dtype, flags)
+                    key = (call.kernel.fn.__name__, call.tile, dtype, variant(call))
                     if key not in seen:
                         seen.add(key)
                         yield dtype, shape, call
@@ -46,13 +53,14 @@ def read(arch: str, index: int) -> Reading:
 
 def report(archs: list[str], jobs: int) -> list[dict]:
     """One row for each kernel."""
-    work = [(arch, i, dtype, shape) for arch in archs for i, (dtype, shape, _) in enumerate(calls(arch))]
+    work = [
+        (arch, i, {"arch": arch, "dtype": dtype, "shape": shape, "variant": variant(call)})
+        for arch in archs
+        for i, (dtype, shape, call) in enumerate(calls(arch))
+    ]
     with ProcessPoolExecutor(jobs) as pool:
         readings = list(pool.map(read, [w[0] for w in work], [w[1] for w in work]))
-    return [
-        {"arch": arch, "dtype": dtype, "shape": shape, **reading._asdict()}
-        for (arch, _, dtype, shape), reading in zip(work, readings, strict=True)
-    ]
+    return [{**names, **reading._asdict()} for (_, _, names), reading in zip(work, readings, strict=True)]
 
 
 def main() -> None:
@@ -62,8 +70,8 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = report(arguments.arch, arguments.jobs)
     columns = (
-        "arch", "dtype", "shape", "kernel", "tile", "registers", "spilled", "shared", "operands", "mma",
-        "tma", "async_copies",
+        "arch", "dtype", "shape", "kernel", "variant", "tile", "registers", "spilled", "shared", "operands",
+        "mma", "tma", "async_copies",
     )  # fmt: skip
     table = [
         columns,

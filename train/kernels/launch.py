@@ -117,9 +117,11 @@ def matrix(tensor: torch.Tensor, rows: int, columns: int, tile: Tile) -> TensorD
 
 
 def run(call: Call) -> None:
-    """Make a launch."""
+    """Make a launch, on the device of its first argument, whichever is the current one."""
     options = {"num_warps": call.tile.warps, "num_stages": call.tile.stages}
-    call.kernel[(call.programs,)](**call.arguments, **options)
+    first = next(iter(call.arguments.values()))
+    with torch.cuda.device_of(getattr(first, "base", first)):
+        call.kernel[(call.programs,)](**call.arguments, **options)
 
 
 def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
