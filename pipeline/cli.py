@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from configs.errors import ConfigError, Layer61Error, StoreError
+from configs.errors import ConfigError, InputError, Layer61Error, StoreError
 from configs.load import freeze, load_config, settings
 from configs.progress import console, log
 from configs.schema import RunConfig
@@ -63,7 +63,7 @@ def _target(args: argparse.Namespace) -> int:
         raise ConfigError("no directory to build the target in", "layer61 target DIR, or set target.path")
     _say("target", target.dry_run(config.tiny))
     if not args.dry_run:
-        target.build_target(directory, config.tiny, config.run.seed)
+        target.build_target(directory, config.tiny, config.run.seed, config.prompts)
     return 0
 
 
@@ -145,9 +145,11 @@ def _store(args: argparse.Namespace) -> int:
         return 0 if not report.problems or report.published is not None else StoreError.exit_code
     tokenizer = None
     if args.tokenizer is not None:
-        from pipeline.prompts import load_tokenizer
+        from transformers import AutoTokenizer
 
-        tokenizer = load_tokenizer(args.tokenizer)
+        if not (args.tokenizer / "tokenizer.json").is_file():
+            raise InputError(f"{args.tokenizer} has no tokenizer.json", "name the directory of the target")
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     console_out(featurestore.render_show(featurestore.show(args.store, args.document, tokenizer)))
     return 0
 

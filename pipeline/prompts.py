@@ -36,6 +36,7 @@ __all__ = [
     "Prompts",
     "Reject",
     "Renderer",
+    "held_out_lines",
     "load_prompts",
     "read_conversations",
     "tokenizer_sha256",
@@ -324,6 +325,24 @@ def _number(*parts: Any) -> int:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
+def _content(conversation: Conversation, config: PromptsConfig) -> int:
+    return _number(config.answers, conversation.messages, conversation.thinking)
+
+
+def _is_held_out(content: int, config: PromptsConfig, seed: int) -> bool:
+    return _number("held out", seed, content) < config.held_out * 2**64
+
+
+def held_out_lines(config: PromptsConfig, seed: int) -> set[int]:
+    """Lines, from 1, of the conversations of `prompts.path` that are kept from training."""
+    assert config.path is not None
+    return {
+        item.line
+        for item in read_conversations(config.path, config.answers, config.limit)
+        if not isinstance(item, Reject) and _is_held_out(_content(item, config), config, seed)
+    }
+
+
 BATCH = 1024  # conversations tokenised at a time
 
 
@@ -370,7 +389,7 @@ def _load(config: PromptsConfig, target: Path, seed: int, _state: tuple[int, int
         if isinstance(item, Reject):
             rejects.append(item)
             continue
-        content = _number(config.answers, item.messages, item.thinking)
+        content = _content(item, config)
         if content in seen:
             duplicates += 1
             continue
@@ -428,7 +447,7 @@ def _document(
         input_ids=ids,
         spans=spans,
         answer_tokens=min(config.max_answer_tokens, room) if config.answers == "target" else 0,
-        held_out=_number("held out", seed, content) < config.held_out * 2**64,
+        held_out=_is_held_out(content, config, seed),
         name=conversation.name,
         line=conversation.line,
         source=Path(file).name,

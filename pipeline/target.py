@@ -24,8 +24,9 @@ from transformers import PreTrainedTokenizerFast
 from configs.errors import InputError
 from configs.files import read_json, sha256_file, sha256_json, write_json
 from configs.progress import log, task
-from configs.schema import TinyConfig
+from configs.schema import PromptsConfig, TinyConfig
 from pipeline.backbone import Backbone
+from pipeline.prompts import held_out_lines
 from pipeline.tokenizer import read_conversations, train_tokenizer
 from train.model import Dims, Gate
 
@@ -354,16 +355,21 @@ def random_checkpoint(directory: Path, tiny: TinyConfig, seed: int = 0) -> Path:
     return Path(directory)
 
 
-def build_key(tiny: TinyConfig, seed: int) -> str:
-    """Hash of everything the target follows from: settings, conversations, seed and this code's version."""
+def build_key(tiny: TinyConfig, seed: int, unseen: set[int]) -> str:
+    """Hash of everything the target follows from: settings, conversations, seed and this code's version.
+
+    Args:
+        tiny, seed: the settings.
+        unseen: lines of the conversations that it is not trained on.
+    """
     if not tiny.conversations.is_file():
         raise InputError(
             f"tiny.conversations: no file {tiny.conversations}",
             hint="run `python -m data.make_conversations`, or name a JSONL file of conversations",
         )
     settings = tiny.model_dump(mode="json", exclude={"conversations"})
-    content = sha256_file(tiny.conversations)
-    return sha256_json({"build": BUILD, "tiny": settings, "conversations": content, "seed": seed})
+    made_from = {"build": BUILD, "tiny": settings, "conversations": sha256_file(tiny.conversations)}
+    return sha256_json({**made_from, "seed": seed, "unseen": sorted(unseen)})
 
 
 def dry_run(tiny: TinyConfig) -> str:
@@ -379,8 +385,13 @@ def dry_run(tiny: TinyConfig) -> str:
     )
 
 
-def build_target(directory: Path, tiny: TinyConfig, seed: int = 0) -> Path:
+def build_target(
+    directory: Path, tiny: TinyConfig, seed: int = 0, prompts: PromptsConfig | None = None
+) -> Path:
     """Train the tiny target in `directory`, or keep the one there if it was built from the same things.
+
+    Conversations that `prompts` holds out are kept from this training as well: a target and an MTP layer that
+    know them by heart would make the released layer look better on them than on anything else.
 
     The directory appears in one rename when all is done, so an interrupted build leaves nothing behind.
 
@@ -391,7 +402,14 @@ def build_target(directory: Path, tiny: TinyConfig, seed: int = 0) -> Path:
         InputError: the conversations cannot be used, or `directory` holds something this did not build.
     """
     directory = Path(directory)
-    key = build_key(tiny, seed)
+    unseen: set[int] = set()
+    if (
+        prompts is not None
+        and prompts.path is not None
+        and prompts.path.resolve() == tiny.conversations.resolve()
+    ):
+        unseen = held_out_lines(prompts, seed)
+    key = build_key(tiny, seed, unseen)
     if directory.exists() and any(directory.iterdir()):
         try:
             built = read_json(directory / "build.json")["key"]
@@ -406,6 +424,7 @@ def build_target(directory: Path, tiny: TinyConfig, seed: int = 0) -> Path:
         log("target", f"{directory} was built from other settings or conversations: building it again")
     conversations = read_conversations(tiny.conversations)
     tokenizer = train_tokenizer(conversations, tiny.vocab_size)
+    conversations = [c for line, c in enumerate(conversations, 1) if line not in unseen]
     texts = tokenizer.apply_chat_template(conversations, tokenize=False)
     documents = [torch.tensor(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     total = sum(map(len, documents))
