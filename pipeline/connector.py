@@ -271,7 +271,16 @@ class StoreConnector(KVConnectorBase_V1, SupportsHMA):
             return
         if len(layers) != 1:
             raise CaptureError(f"the engine has {len(layers)} caches of states, expected one")
-        self._cache = kv_caches[next(iter(layers))]
+        cache_NSBD = kv_caches[next(iter(layers))]
+        block = self._kv_cache_config.kv_cache_groups[self._group].kv_cache_spec.block_size
+        hidden_size = self._vllm_config.model_config.get_hidden_size()
+        if tuple(cache_NSBD.shape[1:]) != (1, block, hidden_size):
+            raise CaptureError(
+                f"the cache of states has blocks of shape {list(cache_NSBD.shape[1:])}, expected"
+                f" [1, {block}, {hidden_size}]: its rows could not be found by the block table",
+                "set another block_size in [dump.vllm]",
+            )
+        self._cache = cache_NSBD
         extra = self._kv_transfer_config.get_from_extra_config
         self._writers = Writers(extra("writer_threads", 1), extra("queue_bytes", 1 << 30))
         if self._cache.is_cuda:
@@ -324,12 +333,14 @@ class StoreConnector(KVConnectorBase_V1, SupportsHMA):
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 on_device = rows(self._cache, blocks.to(self._cache.device, non_blocking=True), count)
+                gathered = torch.cuda.Event()
+                gathered.record()
                 hidden_TSD = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True)
                 hidden_TSD.copy_(on_device, non_blocking=True)
                 event = torch.cuda.Event()
                 event.record()
-            # later steps may write into the freed blocks: only after the gather
-            torch.cuda.current_stream().wait_stream(self._stream)
+            # later steps may write into the freed blocks, but not before the rows are out of them
+            torch.cuda.current_stream().wait_event(gathered)
         self._copied.add(save.request_id)
         if save.document["block"] is None:
             if event is not None:

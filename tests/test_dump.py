@@ -1,0 +1,278 @@
+"""Stage one as a whole: what it announces, what it refuses, and that killing it changes nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from configs.errors import CaptureError, ConfigError, ContractError, InputError
+from configs.files import write_json
+from configs.load import load_config
+from configs.schema import RunConfig
+from featurestore import StoreWriter, open_store
+from pipeline.dump import blocks, check_probe, contract, plan, run
+from pipeline.prompts import load_prompts
+
+COUNT, BLOCK = 44, 4
+
+
+def questions(count: int) -> list[dict]:
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"What is {i} + {i * i % 7}?"},
+                {"role": "assistant", "content": "It is known."},
+            ]
+        }
+        for i in range(count)
+    ]
+
+
+def write(path: Path, lines: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def config(tmp_path, tiny_checkpoint) -> RunConfig:
+    file = write(tmp_path / "c.jsonl", questions(COUNT))
+    return load_config(
+        [],
+        [
+            f"run.dir={tmp_path / 'run'}",
+            f"target.path={tiny_checkpoint}",
+            f"prompts.path={file}",
+            "prompts.max_length=128",
+            "prompts.max_answer_tokens=32",
+            "prompts.held_out=0.2",
+            f"dump.block_documents={BLOCK}",
+            "dump.view=v3",
+            "dump.queue_bytes=8192",
+        ],
+    )
+
+
+def changed(config: RunConfig, **values) -> RunConfig:
+    sections = {}
+    for name, value in values.items():
+        section, key = name.split("__")
+        sections.setdefault(section, {})[key] = value
+    return config.model_copy(update={s: getattr(config, s).model_copy(update=v) for s, v in sections.items()})
+
+
+def prompts_of(config: RunConfig):
+    return load_prompts(config.prompts, config.target.path, config.run.seed)
+
+
+def test_plan_counts_and_writes_nothing(config, tiny_config):
+    found = plan(config)
+    per_token = 2 * tiny_config.hidden_size + 4 + 1
+    assert (found.documents, found.blocks, found.done, found.mine) == (
+        COUNT,
+        COUNT // BLOCK,
+        0,
+        COUNT // BLOCK,
+    )
+    assert found.most_tokens == found.tokens + 32 * COUNT
+    assert found.most_bytes == found.most_tokens * per_token
+    assert 0 < found.held_out < COUNT
+    text = str(found)
+    assert f"{per_token} bytes a token, through a V3 view" in text
+    assert f"{COUNT} documents" in text
+    assert not config.run.dir.exists()
+    given = plan(changed(config, prompts__answers="given"))
+    assert given.tokens == given.most_tokens
+
+
+def test_plan_of_the_real_run_needs_neither_target_nor_prompts(tmp_path):
+    real = Path(__file__).parent.parent / "configs/deepseek-v3.2.toml"
+    found = plan(load_config([real], [f"run.dir={tmp_path}", f"target.path={tmp_path / 'absent'}"]))
+    assert found.bytes_per_token == 2 * 7168 + 4 + 1
+    assert found.documents is None
+    assert "a million tokens take 14.3 GB" in str(found)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_blocks_are_a_pure_function_of_the_input(config):
+    first = blocks(config, prompts_of(config))
+    again = blocks(changed(config, dump__worker="2/3", dump__writer_threads=1), prompts_of(config))
+    assert [b.name for b in first] == [b.name for b in again]
+    assert [d.uid for b in first for d in b.documents] == [d.uid for d in prompts_of(config).documents]
+    # more conversations at the end: what was done stays done
+    longer = changed(
+        config, prompts__path=write(config.prompts.path.with_name("longer.jsonl"), questions(COUNT + 6))
+    )
+    assert [b.name for b in blocks(longer, prompts_of(longer))][: len(first)] == [b.name for b in first]
+    # other answers, other lengths: other blocks
+    for other in (
+        changed(config, prompts__answers="given"),
+        changed(config, prompts__max_length=96),
+        changed(config, prompts__max_answer_tokens=16),
+        changed(config, prompts__held_out=0.9),
+    ):
+        assert not {b.name for b in first} & {b.name for b in blocks(other, prompts_of(other))}
+
+
+def test_workers_share_the_blocks_out(config):
+    shares = [plan(changed(config, dump__worker=f"{k}/3")).mine for k in (1, 2, 3)]
+    assert sum(shares) == COUNT // BLOCK
+    assert max(shares) - min(shares) <= 1
+
+
+def test_documents_beyond_index_topk_are_refused_through_the_view(config, tiny_config):
+    long = changed(config, prompts__max_length=tiny_config.index_topk + 1)
+    for call in (plan, run):
+        with pytest.raises(ConfigError, match=f"max_length = {tiny_config.index_topk + 1} .*index_topk = "):
+            call(long)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU serves sparse attention")
+def test_the_native_view_is_refused_without_a_gpu(config):
+    with pytest.raises(ConfigError, match="no sparse attention without a GPU"):
+        plan(changed(config, dump__view="native"))
+
+
+def test_missing_input_is_one_clear_error(config, tmp_path):
+    with pytest.raises(InputError, match=r"no file of conversations .*absent\.jsonl"):
+        run(changed(config, prompts__path=tmp_path / "absent.jsonl"))
+    with pytest.raises(InputError, match="no checkpoint at"):
+        run(changed(config, target__path=tmp_path / "absent"))
+
+
+def test_a_store_of_another_target_is_refused_before_an_engine_starts(config):
+    agreed = contract(config, prompts_of(config), "v3").model_dump(mode="json")
+    other = agreed | {"target": agreed["target"] | {"config_sha256": "0" * 64}}
+    StoreWriter(config.store_path, other).discard()
+    with pytest.raises(ContractError, match=r"target\.config_sha256"):
+        run(config)
+    assert not list(config.run.dir.glob("engine*"))
+
+
+def test_ray_is_asked_for_only_where_it_is_needed(config):
+    with pytest.raises(ConfigError, match="Ray is not installed"):
+        run(changed(config, dump__ray=True))
+
+
+def test_probe_passes_rounding_and_a_few_router_choices_and_no_more():
+    random = np.random.default_rng(0)
+    first = torch.from_numpy(random.standard_normal((100, 1, 64)).astype(np.float32)).bfloat16()
+
+    def bits(states: torch.Tensor) -> np.ndarray:
+        return states.bfloat16().view(torch.uint16).numpy()
+
+    near = first.float() * (1 + 0.005 * torch.randn(first.shape, generator=torch.Generator().manual_seed(1)))
+    check_probe(bits(near), bits(first), "log")
+    near[:5] = 0
+    check_probe(bits(near), bits(first), "log")
+    with pytest.raises(CaptureError, match="median relative error"):
+        check_probe(bits(first * 1.1), bits(first), "log")
+    with pytest.raises(CaptureError, match="100% of the tokens"):
+        check_probe(bits(first.roll(1, 0)), bits(first), "log")
+    with pytest.raises(CaptureError, match="states"):
+        check_probe(bits(first[:50]), bits(first), "log")
+    broken = first.clone()
+    broken[:] = float("nan")
+    with pytest.raises(CaptureError):
+        check_probe(bits(broken), bits(first), "log")
+
+
+def command(config: RunConfig, run_dir: Path) -> list[str]:
+    values = config.model_dump(mode="json", exclude_defaults=True)
+    file = run_dir.with_suffix(".json")
+    write_json(file, values | {"run": {"dir": str(run_dir)}})
+    return [sys.executable, "-m", "pipeline", "dump", str(file)]
+
+
+def parts_of(run_dir: Path) -> dict[str, int]:
+    """Committed parts and when each was published."""
+    parts = run_dir / "store" / "parts"
+    return {
+        p.parent.name: p.stat().st_mtime_ns for p in parts.glob("*/zarr.json") if "." not in p.parent.name
+    }
+
+
+def content(store) -> dict[int, tuple]:
+    return {
+        d.uid: (
+            d.input_ids.tolist(),
+            d.loss_mask.tolist(),
+            d.held_out,
+            d.hidden.view(torch.uint16).numpy().tobytes(),
+        )
+        for d in (store[i] for i in range(len(store)))
+    }
+
+
+def test_killed_and_started_again_it_gives_the_store_of_an_undisturbed_run(config, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    with open(config.prompts.path, "a") as file:
+        file.write('{"messages": [\n')
+    done = subprocess.run(command(config, whole), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads(done.stdout)
+    assert (summary["documents"], summary["rejects"], summary["resumed"]) == (COUNT, 1, 0)
+    assert [json.loads(x)["line"] for x in (whole / "rejects.jsonl").read_text().splitlines()] == [COUNT + 1]
+
+    with subprocess.Popen(
+        command(config, killed), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    ) as process:
+        while len(parts_of(killed)) < 3:
+            assert process.poll() is None, (killed / "engine.1-of-1.log").read_text()[-3000:]
+            time.sleep(0.005)
+        engines = psutil.Process(process.pid).children(recursive=True)
+        os.kill(process.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(engines, timeout=30)
+    assert not alive, "the engine outlives the process that started it"
+    before = parts_of(killed)
+    assert 3 <= len(before) < COUNT // BLOCK
+    # what a kill in the middle of writing leaves behind
+    (left,) = [sorted(before)[0]]
+    other = next(n for n in parts_of(whole) if n not in before)
+    (killed / "store" / "parts" / f"{other}.deadbeef" / "hidden").mkdir(parents=True)
+
+    done = subprocess.run(command(config, killed), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"{len(before)} of {COUNT // BLOCK} blocks are committed already" in done.stderr
+    again = json.loads(done.stdout)
+    assert again["resumed"] == len(before)
+    after = parts_of(killed)
+    assert {name: after[name] for name in before} == before
+    assert left in after
+    assert sorted(after) == sorted(p.name for p in (killed / "store" / "parts").iterdir())
+    assert sorted(after) == sorted(parts_of(whole))
+
+    a, b = open_store(whole / "store"), open_store(killed / "store")
+    assert a.verify() == b.verify() == []
+    assert a.contract == b.contract
+    assert content(a) == content(b)
+    assert {k: summary[k] for k in ("documents", "tokens", "loss_tokens", "bytes")} == {
+        k: again[k] for k in ("documents", "tokens", "loss_tokens", "bytes")
+    }
+
+    # nothing left to do: no engine, the same store
+    log = (killed / "engine.1-of-1.log").stat().st_size
+    done = subprocess.run(command(config, killed), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["captured"] == 0
+    assert json.loads(done.stdout)["manifest"] == again["manifest"]
+    assert (killed / "engine.1-of-1.log").stat().st_size == log
+
+    # every document is the prompt, and an answer that is at most as long as it may be
+    asked = {d.uid: d for d in prompts_of(config).documents}
+    assert set(asked) == set(content(a))
+    for i in range(len(a)):
+        document, prompt = a[i], asked[a[i].uid]
+        start = len(prompt.input_ids)
+        assert document.input_ids[:start].tolist() == prompt.input_ids.tolist()
+        assert 0 < len(document.input_ids) - start <= 32
+        assert document.loss_mask.tolist() == [j >= start for j in range(len(document.input_ids))]
+        assert document.held_out == prompt.held_out
+        assert len(document.hidden) == len(document.input_ids)
