@@ -33,7 +33,11 @@ LENGTH, ANSWER = 512, 128
 
 def settings(target: Path, view: Path, folder: Path, prompts: Any) -> EngineSettings:
     config = RunConfig.model_validate(
-        {"run": {"dir": folder}, "target": {"path": target}, "prompts": {"max_length": LENGTH}}
+        {
+            "run": {"dir": folder},
+            "target": {"path": target},
+            "prompts": {"max_length": LENGTH, "max_answer_tokens": ANSWER},
+        }
     )
     return EngineSettings(
         model=str(view),
