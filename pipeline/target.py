@@ -43,6 +43,8 @@ KV_LORA_RANK, ROPE_HEAD_DIM = 512, 64
 # part of the cache key: raise it when the same settings would give another target
 BUILD = 1
 BIAS_STEP = 0.002
+# instructions that multiply bfloat16; without them it is slower than float32
+BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
 
 
 def target_config(tiny: TinyConfig) -> dict[str, Any]:
@@ -267,16 +269,17 @@ def initialize(backbone: Backbone, generator: torch.Generator) -> None:
 def train(backbone: Backbone, documents: list[Tensor], tiny: TinyConfig, seed: int) -> dict[str, float]:
     """Train backbone and MTP layer jointly, as DeepSeek-V3 was: next token + weight x token after next.
 
-    The linear maps run in bfloat16, the rest in float32. The router's correction bias takes no gradient:
-    after each step it moves by `BIAS_STEP` towards an even load (arXiv 2412.19437, section 2.1.2), and rests
-    in the last tenth.
+    The linear maps run in bfloat16 where the CPU can, the rest in float32. The router's correction bias takes
+    no gradient: after each step it moves by `BIAS_STEP` towards an even load (arXiv 2412.19437, section
+    2.1.2), and rests in the last tenth.
 
     Returns:
         losses (nats) and share of right MTP predictions, means over the last tenth, and the seconds taken.
     """
     generator = torch.Generator().manual_seed(seed)
     initialize(backbone, generator)
-    backbone.use_bfloat16()
+    if any(torch.cpu.get_capabilities().get(name) for name in BFLOAT16):
+        backbone.use_bfloat16()
     parameters = list(backbone.parameters())
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() > 1]},
