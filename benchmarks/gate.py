@@ -22,7 +22,8 @@ def require_green(test: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", str(ROOT / "tests" / "kernels" / test)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if run.returncode:
-        sys.exit(f"{run.stdout}\n{test} is red: nothing is measured until it is green")
+        said = f"{run.stdout}{run.stderr}(pytest ended with {run.returncode})"
+        sys.exit(f"{said}\n{test} is red: nothing is measured until it is green")
 
 
 def require_equal(name: str, results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
