@@ -56,9 +56,9 @@ class TinyConfig(Section):
     """Backbone layers; the MTP layer comes after them."""
     num_attention_heads: int = Field(4, ge=1)
     """Attention heads."""
-    intermediate_size: int = Field(512, ge=32)
+    intermediate_size: int = Field(768, ge=32)
     """Width of the dense feed-forward layers."""
-    moe_intermediate_size: int = Field(64, ge=16)
+    moe_intermediate_size: int = Field(128, ge=16)
     """Width of one expert."""
     n_routed_experts: int = Field(16, ge=4)
     """Routed experts of each mixture layer."""
@@ -72,9 +72,9 @@ class TinyConfig(Section):
     """First backbone layers with a dense feed-forward instead of a mixture."""
     q_lora_rank: int = Field(128, ge=16)
     """Width of the compressed queries."""
-    qk_nope_head_dim: int = Field(32, ge=16)
+    qk_nope_head_dim: int = Field(64, ge=16)
     """Width of the part of a head that is not rotated; the rotated part is 64, the compressed keys 512."""
-    v_head_dim: int = Field(32, ge=16)
+    v_head_dim: int = Field(64, ge=16)
     """Width of the values of a head."""
     index_n_heads: int = Field(4, ge=1)
     """Heads of the indexer; its tensors are written and never trained."""
@@ -84,9 +84,9 @@ class TinyConfig(Section):
     """Tokens up to which sparse attention equals dense attention."""
     vocab_size: int = Field(4096, ge=512)
     """Size of the byte-pair vocabulary trained on the conversations."""
-    train_tokens: int = Field(1_000_000, ge=1)
+    train_tokens: int = Field(614_400, ge=1)
     """Tokens of training; fixed so that two builds give the same target."""
-    sequence_length: int = Field(1024, ge=32)
+    sequence_length: int = Field(512, ge=32)
     """Tokens of one packed training batch; longer conversations are cut there."""
     learning_rate: float = Field(2e-3, gt=0)
     """Peak AdamW learning rate."""
