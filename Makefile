@@ -11,6 +11,9 @@ LOCK := requirements/$(DEVICE).lock
 STAMP := .venv/.installed-$(DEVICE)
 LAYER61 := $(BIN)/layer61
 
+# threads that wait in a busy loop slow everything tenfold once anything else wants a core
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo target dump-hidden-states train export-nextn evaluate verify report test check \
 	bench-store bench-dump bench-moe bench-loss bench-train kernels-report clean
