@@ -15,6 +15,7 @@ from configs.errors import ConfigError, InputError, Layer61Error, StoreError
 from configs.load import freeze, load_config, settings
 from configs.progress import console, log
 from configs.schema import RunConfig
+from configs.target import target_config
 
 __all__ = ["main"]
 
@@ -78,6 +79,8 @@ def _stage(
     _say(args.verb, str(plan(config)))
     if args.dry_run:
         return 0
+    # before anything is remembered of this start
+    target_config(config.target.path)
     freeze(config, args.verb, sections)
     started = time.monotonic()
     result = run(config)

@@ -37,18 +37,20 @@ def test_help_lists_every_setting_of_the_verb_with_its_default(capsys, verb):
         (["fly"], 2, ["fly", "--help"]),
         (["dump", "--dri-run"], 2, ["--dri-run"]),
         (["train", "--dry-run"], 2, ["target.path"]),
-        (["dump", "--dry-run", "target.path=nowhere", "prompts.path=nowhere.jsonl"], 3, ["nowhere"]),
+        (["train", "target.path=nowhere", "run.dir=nowhere/run"], 3, ["nowhere"]),
         (["export", "target.path=nowhere"], 3, ["nowhere"]),
         (["store", "info", "nowhere"], 3, ["nowhere"]),
         (["store", "verify", "nowhere"], 3, ["nowhere"]),
         (["report", "nowhere"], 3, ["nowhere"]),
     ],
 )
-def test_wrong_usage_and_input(capsys, words, code, said):
+def test_wrong_usage_and_input(capsys, tmp_path, monkeypatch, words, code, said):
+    monkeypatch.chdir(tmp_path)
     found, _, err = run(capsys, *words)
     assert found == code
     flat = " ".join(err.split())
     assert all(text in flat for text in said)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("verb", ["dump", "train", "export"])
@@ -63,7 +65,7 @@ def test_dry_run_of_the_real_configuration_needs_no_model(verb, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     said = {
-        "dump": ["14,336 bytes"],
+        "dump": ["14,341 bytes a token"],
         "train": ["11,608,", "GiB", "steps"],
         "export": ["fp8"],
     }[verb]

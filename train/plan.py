@@ -49,13 +49,18 @@ class Plan:
             data = f"no store at {self.store} yet, so the number of steps is open"
         else:
             data = f"{self.documents:,} documents, {self.tokens:,} tokens in {self.store}"
-        steps = "-" if self.steps is None else f"{self.steps:,}"
+        steps = f"{self.steps or 0:,} steps of at most {self.tokens_per_step:,} tokens"
+        if self.steps is None:
+            steps = (
+                f"about {100e6 / self.tokens_per_step:,.0f} steps of {self.tokens_per_step:,} tokens for each"
+                " 100 million tokens"
+            )
         return (
             f"{self.trainable:,} parameters trained, {self.frozen:,} of the layer frozen,"
             f" {self.tables:,} in the target's embedding and head\n"
             f"memory of each of {self.ranks} ranks: at most {total:.1f} GiB ({parts})\n"
             f"{data}\n"
-            f"{steps} steps of at most {self.tokens_per_step:,} tokens"
+            f"{steps}"
         )
 
 
