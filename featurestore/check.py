@@ -35,6 +35,7 @@ from featurestore.writer import committed_parts, read_root
 
 __all__ = ["Problem", "Report", "render_report", "verify"]
 
+CHECKED_FIELDS = ("start", "length", "n_loss", "held_out", "crc_before", "crc_after")
 SHARD_OBJECTS = {object_path(array): array for array in SHARDED}
 
 
@@ -255,7 +256,7 @@ def _check_rows(
         bad("sample_offset/c/0", "does not end at the last token")
     for i, uid in enumerate(rows["uid"].tolist()):
         j = place.get(uid)
-        if j is None or any(rows[f][i] != mine[f][j] for f in ("start", "length", "n_loss", "held_out")):
+        if j is None or any(rows[f][i] != mine[f][j] for f in CHECKED_FIELDS):
             bad("index", f"document {uid} differs from the part")
 
 

@@ -53,6 +53,8 @@ INDEX_FIELDS = (
     ("n_loss", "uint32"),
     ("held_out", "uint8"),
     ("source", "uint32"),
+    ("crc_before", "uint32"),
+    ("crc_after", "uint32"),
 )
 
 VERIFY_HINT = "run `layer61 store verify {}` for a full list; with --repair bad parts are taken out"

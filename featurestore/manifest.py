@@ -191,7 +191,7 @@ def part_rows(objects: Objects, path: str, record: dict[str, Any]) -> Index:
         return {field: np.zeros(0, dtype) for field, dtype in INDEX_FIELDS}
     what = f"part {record['name']}"
     values = {}
-    for array, dtype in (("sample_offset", "<u8"), ("sample_uid", "<u8")):
+    for array, dtype in (("sample_offset", "<u8"), ("sample_uid", "<u8"), ("sample_crc32c", "<u4")):
         name = object_path(array)
         data = checked_object(objects, f"{path}/{name}", record["objects"][name], what)
         values[array] = one_chunk(data, dtype)
@@ -205,6 +205,8 @@ def part_rows(objects: Objects, path: str, record: dict[str, Any]) -> Index:
         "n_loss": np.array(record["n_loss"], np.uint32),
         "held_out": held_out,
         "source": np.array(record["sample_source"], np.uint32),
+        "crc_before": values["sample_crc32c"][:-1],
+        "crc_after": values["sample_crc32c"][1:],
     }
 
 

@@ -107,44 +107,72 @@ class Shard:
             raise self.corrupt("the shard index fails its checksum")
         return np.frombuffer(data, "<u8", self.chunks * 2).reshape(-1, 2)
 
-    def span(self, start: int, stop: int) -> tuple[int, int]:
-        """Offset and length of the chunks that hold rows [start, stop)."""
+    def span(self, start: int, stop: int, exact: bool = False) -> tuple[int, int]:
+        """Offset and length of the bytes that `read` needs for rows [start, stop)."""
         first, last = start // self.chunk_rows, chunk_count(stop, self.chunk_rows)
-        if self.index is None:
-            return first * self.stride, (last - first) * self.stride
-        offset = int(self.index[first, 0])
-        return offset, int(self.index[last - 1].sum()) - offset
+        if self.index is not None:
+            offset = int(self.index[first, 0])
+            return offset, int(self.index[last - 1].sum()) - offset
+        offset, end = first * self.stride, last * self.stride
+        if exact:
+            offset += start % self.chunk_rows * self.row_bytes
+            if stop % self.chunk_rows:
+                end = (last - 1) * self.stride + stop % self.chunk_rows * self.row_bytes
+        return offset, end - offset
 
-    def read(self, window: Window, start: int, stop: int, out: memoryview) -> None:
-        """Copy rows [start, stop) into `out`, bytes; raises StoreCorruptError naming the chunk."""
+    def read(
+        self,
+        window: Window,
+        start: int,
+        stop: int,
+        out: memoryview,
+        edges: tuple[int, int] | None = None,
+    ) -> None:
+        """Copy rows [start, stop) into `out`, bytes; raises StoreCorruptError naming the chunk.
+
+        Args:
+            window: where the bytes of `span` are read from.
+            start: first row.
+            stop: row after the last.
+            out: memory of just these rows.
+            edges: crc32c of the rows of the first chunk before `start` and of those of the last one before
+                `stop`, where known: the rows of the neighbours, otherwise part of the check, are not read.
+        """
         first, last = start // self.chunk_rows, chunk_count(stop, self.chunk_rows)
+        size = self.chunk_rows * self.row_bytes
         chunk = first
         try:
             for chunk in range(first, last):
                 low = max(start - chunk * self.chunk_rows, 0) * self.row_bytes
-                high = min(stop - chunk * self.chunk_rows, self.chunk_rows) * self.row_bytes
+                high = min((stop - chunk * self.chunk_rows) * self.row_bytes, size)
                 target, out = out[: high - low], out[high - low :]
-                if self.index is None:
-                    self._read_plain(window, chunk, low, high, target)
-                else:
+                if self.index is not None:
                     self._read_compressed(window, chunk, low, high, target)
+                elif edges is None:
+                    spare = _scratch_bytes(size) if high - low < size else _scratch_bytes(0)
+                    views = [spare[:low], target, spare[low : low + size - high]]
+                    self._read_plain(window, chunk, 0, [v for v in views if len(v)], 0, None)
+                else:
+                    before = edges[0] if chunk == first else 0
+                    self._read_plain(window, chunk, low, [target], before, edges[1] if high < size else None)
         except EOFError:
             raise self.corrupt(f"chunk {chunk}: the object is not as long as the manifest says") from None
         except FileNotFoundError:
             raise self.corrupt("the object is missing") from None
 
-    def _read_plain(self, window: Window, chunk: int, low: int, high: int, target: memoryview) -> None:
-        size = self.chunk_rows * self.row_bytes
-        buffers = [target]
-        if high - low < size:  # rows of the neighbouring documents are part of the checksum
-            spare = _scratch_bytes(size)
-            buffers = [spare[:low], target, spare[low : low + size - high]]
-        trailer = memoryview(bytearray(CRC_BYTES))
-        window.readv([*buffers, trailer], chunk * self.stride)
-        crc = 0
-        for view in buffers:
+    def _read_plain(
+        self, window: Window, chunk: int, low: int, views: list[memoryview], crc: int, expected: int | None
+    ) -> None:
+        """Fill `views` from byte `low` of a chunk; without `expected` they reach to the stored checksum."""
+        trailer = memoryview(bytearray(0 if expected is not None else CRC_BYTES))
+        window.readv([*views, trailer], chunk * self.stride + low)
+        for view in views:
             crc = crc32c(view, crc)
-        if crc != self.crcs[chunk] or crc != int.from_bytes(trailer, "little"):
+        if expected is None:
+            expected = self.crcs[chunk]
+            if crc != int.from_bytes(trailer, "little"):
+                raise self.corrupt(f"chunk {chunk} fails its checksum")
+        if crc != expected:
             raise self.corrupt(f"chunk {chunk} fails its checksum")
 
     def _read_compressed(self, window: Window, chunk: int, low: int, high: int, target: memoryview) -> None:
@@ -346,13 +374,22 @@ class FeatureStore:
         self, i: int, start: int, stop: int, ids: np.ndarray, mask: np.ndarray, hidden: np.ndarray
     ) -> None:
         """Fill uint32 [T], uint8 [T] and uint16 [T, S, D] (C-contiguous) with tokens [start, stop)."""
-        part = self._part(int(self._index["part"][i]))
-        first = int(self._index["start"][i])
+        index = self._index
+        part = self._part(int(index["part"][i]))
+        edges = None
+        if start == 0 and stop == self.length[i] and part["hidden"].index is None:
+            edges = int(index["crc_before"][i]), int(index["crc_after"][i])
+        first = int(index["start"][i])
         start, stop = first + start, first + stop
         shards = [part[array] for array in SHARDED]
-        windows = self.objects.windows([(shard.file, *shard.span(start, stop)) for shard in shards])
+        windows = self.objects.windows(
+            [
+                (shard.file, *shard.span(start, stop, exact=edges is not None and shard is part["hidden"]))
+                for shard in shards
+            ]
+        )
         for shard, window, out in zip(shards, windows, (hidden, ids, mask), strict=True):
-            shard.read(window, start, stop, out.data.cast("B"))
+            shard.read(window, start, stop, out.data.cast("B"), edges if shard is part["hidden"] else None)
 
     def _part(self, number: int) -> dict[str, Shard]:
         with self._lock:

@@ -194,6 +194,7 @@ class StoreWriter:
         self._shards: dict[str, ShardWriter] = {}
         self._uids: dict[int, None] = {}
         self._offsets = [0]
+        self._crcs = [0]  # of the open chunk of `hidden` at the documents' edges; see docs/store.md
         self._n_loss: list[int] = []
         self._held_out: list[int] = []
         self._sources: dict[str, int] = {}
@@ -264,6 +265,7 @@ class StoreWriter:
             raise
         self._uids[uid] = None
         self._offsets.append(self._offsets[-1] + len(ids))
+        self._crcs.append(self._shards["hidden"].crc)
         self._n_loss.append(int(mask.sum(dtype=np.int64)))
         if held_out:
             self._held_out.append(len(self._n_loss) - 1)
@@ -379,6 +381,7 @@ class StoreWriter:
                 table += self._shards[array].crcs
             for array, values, dimension in (
                 ("sample_offset", np.array(self._offsets, "<u8"), "offset"),
+                ("sample_crc32c", np.array(self._crcs, "<u4"), "offset"),
                 ("sample_uid", np.fromiter(self._uids, "<u8", documents), "sample"),
                 ("chunk_crc32c", np.array(table, "<u4"), "chunk"),
             ):

@@ -222,3 +222,21 @@ def test_verify_names_the_bad_chunk(whole) -> None:
         assert [str(p) for p in open_store(whole).verify()] == [
             "part b: hidden/c/0/0/0: fails its checksum in chunk 0"
         ]
+
+
+def test_a_whole_document_does_not_depend_on_its_neighbours(tmp_path) -> None:
+    """Three documents in one chunk: damage to one stops its own reading, and range reads that need the chunk."""
+    made = [make(uid, 15, 1, 64) for uid in range(3)]
+    write(tmp_path, made)
+    publish(tmp_path)
+    (file,) = tmp_path.glob("parts/*/hidden/c/0/0/0")
+    changed = bytearray(file.read_bytes())
+    changed[20 * 128] ^= 16
+    file.write_bytes(changed)
+    store = open_store(tmp_path)
+    assert_same(store[0], made[0])
+    assert_same(store[2], made[2])
+    with pytest.raises(StoreCorruptError, match="chunk 0 fails its checksum"):
+        store[1]
+    with pytest.raises(StoreCorruptError, match="chunk 0 fails its checksum"):
+        store.read(0, 0, 5)

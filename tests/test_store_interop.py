@@ -32,6 +32,7 @@ def test_zarr_python_reads_a_part(part) -> None:
     assert np.array_equal(group["input_ids"][:], IDS)
     assert np.array_equal(group["loss_mask"][:], MASK)
     assert group["sample_uid"][:].tolist() == [d.uid for d in MADE]
+    assert len(group["sample_crc32c"][:]) == len(MADE) + 1
     assert group["sample_offset"][:].tolist() == [0, 1, 71, 271, 335]
     assert group.metadata.consolidated_metadata is not None
 
