@@ -225,7 +225,7 @@ def test_verify_names_the_bad_chunk(whole) -> None:
 
 
 def test_a_whole_document_does_not_depend_on_its_neighbours(tmp_path) -> None:
-    """Three documents in one chunk: damage to one stops its own reading, and range reads that need the chunk."""
+    """Of three documents in a chunk one is damaged: it alone fails, and range reads that need the chunk."""
     made = [make(uid, 15, 1, 64) for uid in range(3)]
     write(tmp_path, made)
     publish(tmp_path)
