@@ -51,8 +51,9 @@ class Interrupted(BaseException):
 
 
 def _say(stage: str, lines: str) -> None:
-    for line in lines.splitlines():
-        log(stage, line)
+    if os.environ.get("RANK", "0") == "0":
+        for line in lines.splitlines():
+            log(stage, line)
 
 
 def _target(args: argparse.Namespace) -> int:
@@ -146,7 +147,7 @@ def _store(args: argparse.Namespace) -> int:
         console_out(featurestore.render_report(report))
         # a repaired store is whole again, though smaller
         return 0 if not report.problems or report.published is not None else StoreError.exit_code
-    tokenizer = None
+    tokenizer: Any = None
     if args.tokenizer is not None:
         from transformers import AutoTokenizer
 

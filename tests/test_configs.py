@@ -76,7 +76,7 @@ def test_keys_decided_elsewhere_cannot_be_passed_through(name):
 
 
 def test_missing_and_malformed_files_are_named(tmp_path):
-    with pytest.raises(ConfigError, match="nowhere.toml"):
+    with pytest.raises(ConfigError, match=r"nowhere\.toml"):
         load_config([tmp_path / "nowhere.toml"])
     bad = tmp_path / "bad.toml"
     bad.write_text("[train\n")

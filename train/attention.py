@@ -26,7 +26,7 @@ def packed_causal_attention(
     out = []
     lengths = cu_seqlens.diff().tolist()
     for q, k, v in zip(q_THQ.split(lengths), k_THQ.split(lengths), v_THC.split(lengths), strict=True):
-        heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
-        o = F.scaled_dot_product_attention(*heads_first, is_causal=True, scale=scale)
+        qh, kh, vh = (x.transpose(0, 1)[None] for x in (q, k, v))
+        o = F.scaled_dot_product_attention(qh, kh, vh, is_causal=True, scale=scale)
         out.append(o[0].transpose(0, 1))
     return torch.cat(out)
