@@ -2,20 +2,15 @@
 
 Three engines run one after the other, each in a process of its own so that its memory is returned:
 
-    plain      the target alone, greedy; also keeps the five largest logits of every token
     before     with the target's own MTP layer
     after      with the exported draft
+    plain      the target alone
 
-Acceptance comes from vLLM's own counters. A draft must not change greedy output; yet the engine checks
-several tokens in one forward pass, which rounds differently from one token at a time, so two candidates with
-nearly equal logits may change places. At the first token where two outputs part they still have one prefix;
-the logits that plain decoding gave to both candidates there decide: a tie if they differ by at most
-`TIE_STEPS` steps of the serving dtype at their size (a step is eps * 2**floor(log2 |logit|)), different
-otherwise.
+Acceptance comes from vLLM's own counters. Greedy outputs with and without draft must be equal but for ties;
+`pipeline.greedy` says how those are recognised.
 """
 
 import contextlib
-import math
 import multiprocessing
 import os
 import shutil
@@ -38,16 +33,17 @@ from configs.schema import RunConfig
 from export.check import check
 from export.checkpoint import Checkpoint
 from export.nextn import MANIFEST, refuse_name
+from pipeline.greedy import compare, noise, partings
 from pipeline.prompts import load_prompts
 from pipeline.view import make_view
 
-__all__ = ["TIE_STEPS", "compare_greedy", "plan", "run", "verify"]
+__all__ = ["plan", "run", "verify"]
 
 NAMES = {"plain": "target alone", "before": "target's own layer", "after": "exported draft"}
-# each of the two logits may be rounded by half a step more or less in each of the two runs
-TIE_STEPS = 2.0
-# largest logits kept of every token of plain decoding
-KEPT_LOGITS = 5
+# largest logits kept of a token; the most that vLLM returns by default
+KEPT_LOGITS = 20
+# requests the target reads again to measure its own rounding
+READ_AGAIN = 64
 CPU_KV_CACHE_BYTES = 1 << 30
 DRAFTS = "vllm:spec_decode_num_drafts"
 ACCEPTED = "vllm:spec_decode_num_accepted_tokens_per_pos"
@@ -108,13 +104,8 @@ def _serve(job: dict[str, Any], connection: Connection) -> None:
         "outputs": [list(o.outputs[0].token_ids) for o in outputs],
     }
     if job["keep_logits"]:
-        result["logits"] = [
-            [
-                {str(token): entry.logprob for token, entry in step.items()}
-                for step in o.outputs[0].logprobs or []
-            ]
-            for o in outputs
-        ]
+        written = [[_logits(step) for step in o.outputs[0].logprobs or []] for o in outputs]
+        result |= _judge(llm, job, result["outputs"], written)
     for metric in llm.get_metrics():
         if metric.name == DRAFTS and isinstance(metric, Counter):
             result["num_drafts"] = result.get("num_drafts", 0) + metric.value
@@ -125,12 +116,46 @@ def _serve(job: dict[str, Any], connection: Connection) -> None:
     connection.close()
 
 
+def _logits(step: Any) -> dict[int, float]:
+    """vLLM's record of one token as logits by token id."""
+    return {token: entry.logprob for token, entry in step.items()}
+
+
+def _judge(
+    llm: Any, job: dict[str, Any], outputs: list[list[int]], written: list[list[dict[int, float]]]
+) -> dict[str, Any]:
+    """The target's logits where other outputs part from its own, and its noise.
+
+    Returns:
+        `logits`: a list of request, position and logits by token id; `noise`: as `greedy.noise`.
+    """
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    parted = {(p.request, p.position) for o in job["others"].values() for p in partings(outputs, o)}
+    requests = dict.fromkeys(request for request, _ in sorted(parted))
+    requests |= dict.fromkeys(range(len(outputs)))
+    chosen = list(requests)[:READ_AGAIN]
+    sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=KEPT_LOGITS, detokenize=False)
+    texts = [TokensPrompt(prompt_token_ids=job["prompts"][r] + outputs[r][:-1]) for r in chosen]
+    pairs = []
+    for request, text in zip(chosen, llm.generate(texts, sampling, use_tqdm=False), strict=True):
+        read = text.prompt_logprobs[len(job["prompts"][request]) :]
+        pairs += [(w, _logits(step)) for w, step in zip(written[request], read, strict=False)]
+    return {
+        "logits": [[r, p, written[r][p]] for r, p in sorted(parted) if p < len(written[r])],
+        "noise": noise(pairs),
+    }
+
+
 def _run_engine(name: str, job: dict[str, Any]) -> dict[str, Any]:
     """Run `_serve` in a fresh process and return its result.
 
     Raises:
         Layer61Error: the engine failed; names its log.
     """
+    # read when the child loads its OpenMP: threads that wait in a busy loop starve one another on few cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(job, theirs), name=f"layer61-{name}")
@@ -189,50 +214,6 @@ def _speed(result: dict[str, Any]) -> dict[str, Any]:
         "num_output_tokens": tokens,
         "seconds": result["seconds"],
         "start_seconds": result["start_seconds"],
-    }
-
-
-def compare_greedy(
-    plain: Sequence[Sequence[int]],
-    other: Sequence[Sequence[int]],
-    logits: Sequence[Sequence[dict[str, float]]],
-    eps: float,
-) -> dict[str, Any]:
-    """Compare greedy outputs with those of plain decoding, request by request.
-
-    Args:
-        plain: token ids of plain decoding.
-        other: token ids with a draft.
-        logits: for every token of `plain` the largest logits by token id.
-        eps: relative step of the serving dtype (2**-7 in bfloat16).
-
-    Returns:
-        `requests`, `equal`, `ties`, `different` (they add up), `tie_steps` (the limit), `parted`: for
-        each request that parted its number, position, both tokens and their distance in steps (null
-        where the other candidate was not among the largest logits).
-    """
-    parted = []
-    for number, (a, b) in enumerate(zip(plain, other, strict=True)):
-        if list(a) == list(b):
-            continue
-        at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-        entry: dict[str, Any] = {"request": number, "position": at, "steps": None}
-        if at < len(a) and at < len(b):
-            entry |= {"plain": a[at], "draft": b[at]}
-            x, y = (logits[number][at].get(str(token)) for token in (a[at], b[at]))
-            if x is not None and y is not None:
-                size = max(abs(x), abs(y))
-                step = eps * 2.0 ** math.floor(math.log2(size)) if size else eps
-                entry["steps"] = abs(x - y) / step
-        parted.append(entry)
-    ties = sum(e["steps"] is not None and e["steps"] <= TIE_STEPS for e in parted)
-    return {
-        "requests": len(plain),
-        "equal": len(plain) - len(parted),
-        "ties": ties,
-        "different": len(parted) - ties,
-        "tie_steps": TIE_STEPS,
-        "parted": parted,
     }
 
 
@@ -308,8 +289,8 @@ def verify(
     Returns:
         `before` and `after` (None and absent comparisons without `compare_released`): `acceptance_length`
         = 1 + accepted drafts a step, `acceptance_per_position`, `num_drafts`, `num_accepted_per_position`,
-        `num_output_tokens`, `seconds`; `plain`: speed; `greedy`: as `compare_greedy` for `after`, and
-        `greedy_before`; `versions`.
+        `num_output_tokens`, `seconds`; `plain`: speed, and the target's own `noise`; `greedy`: as
+        `greedy.compare` for `after`, and `greedy_before` for `before`; `versions`.
 
     Raises:
         InputError: the draft does not load beside this target, or a prompt is empty or too long.
@@ -361,13 +342,15 @@ def verify(
     results: dict[str, dict[str, Any]] = {}
     try:
         with _views(target.directory, draft.directory, chosen) as (target_path, draft_path):
-            for name in ("plain", "before", "after") if compare_released else ("after",):
+            for name in ("before", "after", "plain") if compare_released else ("after",):
                 speculative = {"method": "mtp", "num_speculative_tokens": num_speculative_tokens}
                 mine: dict[str, Any] = {"model": str(target_path), "speculative_config": speculative}
                 made_from: dict[str, Any] = {**identity, "name": name, "drafts": num_speculative_tokens}
+                others = {}
                 if name == "plain":
                     mine = {"model": str(target_path), "logprobs_mode": "raw_logits"}
-                    del made_from["drafts"]
+                    others = {other: result["outputs"] for other, result in results.items()}
+                    made_from |= {"drafts": 0, "others": others}
                 if name == "after":
                     speculative["model"] = str(draft_path)
                     made_from["draft"] = _draft_identity(draft)
@@ -378,6 +361,7 @@ def verify(
                         **job,
                         "engine": {**engine, **mine},
                         "keep_logits": name == "plain",
+                        "others": others,
                         "log": str(folder.absolute() / f"{name}.log"),
                     },
                     kept,
@@ -390,11 +374,17 @@ def verify(
     summary: dict[str, Any] = {"before": None, "after": after, "plain": None, "greedy": None}
     if compare_released:
         plain = results["plain"]
-        eps = torch.finfo(getattr(torch, plain["dtype"])).eps
         summary["before"] = _acceptance(results["before"], num_speculative_tokens)
-        summary["plain"] = _speed(plain)
+        summary["plain"] = _speed(plain) | {"noise": plain["noise"]}
+        logits = {(r, p): {int(t): x for t, x in known.items()} for r, p, known in plain["logits"]}
         for name, key in (("after", "greedy"), ("before", "greedy_before")):
-            summary[key] = compare_greedy(plain["outputs"], results[name]["outputs"], plain["logits"], eps)
+            summary[key] = compare(
+                plain["outputs"],
+                results[name]["outputs"],
+                logits,
+                eps=torch.finfo(getattr(torch, plain["dtype"])).eps,
+                largest_noise=plain["noise"]["largest"],
+            )
     return summary | {"num_prompts": len(prompts), "view": chosen, "versions": _versions()}
 
 
@@ -519,9 +509,12 @@ def run(config: RunConfig) -> dict[str, Any]:
                 f"{NAMES[name]}: {figures['acceptance_length']:.3f} tokens a step, positions {positions}",
             )
     if greedy := result["greedy"]:
+        own = result["plain"]["noise"]
         log(
             "verify",
             f"greedy output with the draft: {greedy['equal']} of {greedy['requests']} equal,"
-            f" {greedy['ties']} part at a tie, {greedy['different']} differ",
+            f" {greedy['ties']} part at a tie, {greedy['different']} differ; the outputs part at"
+            f" {len(greedy['parted']):,} of {greedy['tokens']:,} tokens, the target alone changes its mind at"
+            f" {own['flipped']:,} of {own['tokens']:,} when it reads its own text in one pass",
         )
     return result

@@ -16,7 +16,8 @@ from configs.schema import RunConfig
 from export import nextn
 from export.checkpoint import Checkpoint
 from export.keymap import DROPPED
-from pipeline.serve import compare_greedy, plan, run, verify
+from pipeline.greedy import compare, noise
+from pipeline.serve import plan, run, verify
 from pipeline.view import make_view
 
 NUM_SPECULATIVE_TOKENS = 3
@@ -204,6 +205,7 @@ def test_verify_measures_acceptance_before_and_after(verified):
     for key in ("greedy", "greedy_before"):
         counts = {k: result[key][k] for k in ("requests", "equal", "ties", "different")}
         assert counts == {"requests": 6, "equal": 6, "ties": 0, "different": 0}
+    assert result["plain"]["noise"]["tokens"] > 50
     assert json.loads((config.run.dir / "verify.json").read_text()) == result
     assert "serve 6 (" in plan(config)
 
@@ -248,15 +250,30 @@ def test_verify_refuses_what_cannot_be_served(verified, tiny_checkpoint, tmp_pat
         run(missing)
 
 
-def test_greedy_outputs_part_at_a_tie_or_not():
+def test_partings_are_ties_up_to_the_dtype_and_the_targets_own_noise():
     plain = [[1, 2, 3], [1, 2, 3], [1, 2, 3], [1, 2], [4, 4]]
     draft = [[1, 2, 3], [1, 9, 9], [1, 9, 3], [1, 2, 3], [4, 8]]
     # at 4.0 a bfloat16 step is 4 * 2**-7
-    tie = {"2": 4.0, "9": 4.0 - 2 * 4 * 2**-7, "7": 1.0}
-    apart = {"2": 4.0, "9": 4.0 - 3 * 4 * 2**-7}
-    first, unlisted = {"1": 1.0}, {"4": 2.0, "5": 1.0}
-    logits = [[first, tie, first], [first, tie, first], [first, apart, first], [first, tie], [unlisted] * 2]
-    found = compare_greedy(plain, draft, logits, eps=torch.finfo(torch.bfloat16).eps)
-    assert (found["requests"], found["equal"], found["ties"], found["different"]) == (5, 1, 1, 3)
-    assert [e["steps"] for e in found["parted"]] == [2.0, 3.0, None, None]
-    assert [e["position"] for e in found["parted"]] == [1, 1, 2, 1]
+    logits = {
+        (1, 1): {2: 4.0, 9: 4.0 - 2 * 4 * 2**-7},
+        (2, 1): {2: 4.0, 9: 4.0 - 3 * 4 * 2**-7},
+        (4, 1): {4: 2.0, 5: 1.0},
+    }
+
+    def found(largest_noise: float) -> dict[str, Any]:
+        return compare(plain, draft, logits, eps=torch.finfo(torch.bfloat16).eps, largest_noise=largest_noise)
+
+    exact = found(0.0)
+    assert (exact["requests"], exact["equal"], exact["ties"], exact["different"]) == (5, 1, 1, 3)
+    assert [e["steps"] for e in exact["parted"]] == [2.0, 3.0, None, None]
+    assert [e["position"] for e in exact["parted"]] == [1, 1, 2, 1]
+    assert (found(0.1)["ties"], found(0.1)["different"]) == (2, 2)
+
+
+def test_noise_is_the_largest_change_of_a_distance():
+    written = {1: 5.0, 2: 4.5, 3: 1.0}
+    pairs = [(written, {1: 5.1, 2: 4.6}), (written, {1: 4.0, 2: 4.25, 7: 1.0}), (written, {9: 3.0, 1: 2.0})]
+    measured = noise(pairs)
+    assert measured["largest"] == 0.75
+    assert (measured["tokens"], measured["flipped"]) == (2, 2)
+    assert noise([])["largest"] == 0
