@@ -498,6 +498,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         vllm=settings.vllm,
         tensor_parallel_size=config.dump.tensor_parallel_size,
         compare_released=settings.compare_released,
+        view=config.dump.view,
         work_dir=config.run.dir / "verify",
     )
     write_json(config.run.dir / "verify.json", result)

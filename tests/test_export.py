@@ -154,6 +154,38 @@ def test_fp8_refuses_scales_of_another_shape():
         fp8.dequantize(torch.zeros(576, 64).to(torch.float8_e4m3fn), torch.ones(4, 1))
 
 
+# checkpoints
+
+
+def test_checkpoint_reads_values_rows_and_bits(tiny_checkpoint, fp8_checkpoint):
+    plain, quantized = Checkpoint(tiny_checkpoint), Checkpoint(fp8_checkpoint)
+    name = LAYER + "self_attn.kv_a_proj_with_mqa.weight"
+    w = plain.get(name)
+    assert (w.dtype, tuple(w.shape)) == (plain.dtype(name), plain.shape(name)) == (torch.bfloat16, (576, 64))
+    assert torch.equal(plain.slice(name, 500, 576), w[500:])
+    assert quantized.get(name, raw=True).dtype == torch.float8_e4m3fn
+    assert quantized.shape(quantized.scale_name(name)) == (5, 1)
+    torch.testing.assert_close(quantized.get(name), w.float(), rtol=1 / 16, atol=1e-3)
+    assert quantized.get(name, dtype=torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(InputError, match="no tensor nothing"):
+        plain.get("nothing")
+    with pytest.raises(InputError, match="quantised in blocks"):
+        quantized.slice(name, 0, 1)
+
+
+def test_checkpoint_notices_an_index_that_lies(tiny_checkpoint, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_checkpoint, copy)
+    index = json.loads((copy / INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = index["weight_map"][LAYER + "enorm.weight"]
+    (copy / INDEX).write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"has no tensor model\.norm\.weight, though the index says so"):
+        Checkpoint(copy).get("model.norm.weight")
+    (copy / INDEX).write_text("{")
+    with pytest.raises(InputError, match="is not JSON"):
+        Checkpoint(copy)
+
+
 # names
 
 
