@@ -17,7 +17,7 @@ Legend: T tokens, D model width, F expert width, E experts, K experts a token, N
 BK rows, columns and contraction step of a tile.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from train.kernels.launch import launch, matrix, require_device, tile_for
+from train.kernels.tiles import Tile
 
 if TYPE_CHECKING:
     from train.kernels.moe import Routing
@@ -315,32 +316,18 @@ def gather_sum(rows_ND: Tensor, inverse_N: Tensor, topk: int) -> Tensor:
     return y
 
 
-def forward(
-    x: Tensor, topk_weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, routing: "Routing"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y [T, D], and gate and up products [N, F] for the backward."""
-    require_device(x.device)
-    (E, F, D), (T, K) = w1.shape, topk_weights.shape
-    N = T * K
-    g, u, h = (x.new_empty(N, F) for _ in range(3))
-    if not N:
-        return torch.zeros_like(x), g, u
-    token, order = routing.token.int(), routing.order.int()
-    tile = tile_for("up_fwd", x.device, x.dtype, N / E)
+def launch_tiles(
+    kernel: Any, tile: Tile, columns: int, routing: "Routing", shape_EFD: torch.Size, **operands: Any
+) -> None:
+    """Run a kernel over the row tiles of all experts times the column tiles of its `columns` wide result."""
+    E, F, D = shape_EFD
+    N = len(routing.order)
     experts, rows = row_tiles(routing.offsets, N, tile.m)
     launch(
-        _up_fwd_kernel,
-        len(experts) * triton.cdiv(F, tile.n),
+        kernel,
+        len(experts) * triton.cdiv(columns, tile.n),
         tile,
-        x=x,
-        w1=matrix(w1, tile.n, tile.k, tile),
-        w3=matrix(w3, tile.n, tile.k, tile),
-        g=g,
-        u=u,
-        h=h,
-        token=token,
-        order=order,
-        weight=topk_weights.contiguous(),
+        **operands,
         tile_expert=experts,
         tile_row=rows,
         offsets=routing.offsets,
@@ -355,29 +342,47 @@ def forward(
         BK=tile.k,
         GROUP=tile.group,
     )
+
+
+def forward(
+    x: Tensor, topk_weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, routing: "Routing"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y [T, D], and gate and up products [N, F] for the backward."""
+    require_device(x.device)
+    (E, F, D), (T, K) = w1.shape, topk_weights.shape
+    N = T * K
+    g, u, h = (x.new_empty(N, F) for _ in range(3))
+    if not N:
+        return torch.zeros_like(x), g, u
+    token, order = routing.token.int(), routing.order.int()
+    tile = tile_for("up_fwd", x.device, x.dtype, N / E)
+    launch_tiles(
+        _up_fwd_kernel,
+        tile,
+        F,
+        routing,
+        w1.shape,
+        x=x,
+        w1=matrix(w1, tile.n, tile.k, tile),
+        w3=matrix(w3, tile.n, tile.k, tile),
+        g=g,
+        u=u,
+        h=h,
+        token=token,
+        order=order,
+        weight=topk_weights.contiguous(),
+    )
     y_ND = x.new_empty(N, D)
     tile = tile_for("down_fwd", x.device, x.dtype, N / E)
-    experts, rows = row_tiles(routing.offsets, N, tile.m)
-    launch(
+    launch_tiles(
         _down_fwd_kernel,
-        len(experts) * triton.cdiv(D, tile.n),
         tile,
+        D,
+        routing,
+        w1.shape,
         h=matrix(h, tile.m, tile.k, tile),
         w2=matrix(w2, tile.n, tile.k, tile),
         y=y_ND,
-        tile_expert=experts,
-        tile_row=rows,
-        offsets=routing.offsets,
-        tiles_m=len(experts),
-        N=N,
-        E=E,
-        D=D,
-        F=F,
-        DESCRIPTORS=tile.descriptors,
-        BM=tile.m,
-        BN=tile.n,
-        BK=tile.k,
-        GROUP=tile.group,
     )
     return gather_sum(y_ND, routing.inverse, K), g, u
 
@@ -411,11 +416,12 @@ def backward(
     tiles_n = triton.cdiv(F, tile.n)
     # one partial sum for each column tile, added up in a fixed order
     partial = torch.empty(tiles_n, N, dtype=torch.float32, device=x.device)
-    experts, rows = row_tiles(offsets, N, tile.m)
-    launch(
+    launch_tiles(
         _down_bwd_kernel,
-        len(experts) * tiles_n,
         tile,
+        F,
+        routing,
+        w1.shape,
         dy=dy,
         w2=matrix(w2, tile.k, tile.n, tile),
         g=g,
@@ -427,19 +433,6 @@ def backward(
         token=token,
         order=order,
         weight=topk_weights.contiguous(),
-        tile_expert=experts,
-        tile_row=rows,
-        offsets=offsets,
-        tiles_m=len(experts),
-        N=N,
-        E=E,
-        D=D,
-        F=F,
-        DESCRIPTORS=tile.descriptors,
-        BM=tile.m,
-        BN=tile.n,
-        BK=tile.k,
-        GROUP=tile.group,
         PART=tile.part,
     )
     dweights = partial.sum(0).index_select(0, routing.inverse).view(T, K) if need_weights else None
@@ -447,29 +440,17 @@ def backward(
     if need_x:
         dx_ND = x.new_empty(N, D)
         tile = tile_for("up_bwd", x.device, x.dtype, N / E)
-        experts, rows = row_tiles(offsets, N, tile.m)
-        launch(
+        launch_tiles(
             _up_bwd_kernel,
-            len(experts) * triton.cdiv(D, tile.n),
             tile,
+            D,
+            routing,
+            w1.shape,
             dg=matrix(dg, tile.m, tile.k, tile),
             du=matrix(du, tile.m, tile.k, tile),
             w1=matrix(w1, tile.k, tile.n, tile),
             w3=matrix(w3, tile.k, tile.n, tile),
             dx=dx_ND,
-            tile_expert=experts,
-            tile_row=rows,
-            offsets=offsets,
-            tiles_m=len(experts),
-            N=N,
-            E=E,
-            D=D,
-            F=F,
-            DESCRIPTORS=tile.descriptors,
-            BM=tile.m,
-            BN=tile.n,
-            BK=tile.k,
-            GROUP=tile.group,
         )
         dx = gather_sum(dx_ND, routing.inverse, K)
         del dx_ND
