@@ -277,7 +277,7 @@ def bench_loader(data: Data, rounds: int, table: Table) -> dict[str, float]:
     Runs before anything is dropped from the page cache: on the pages as the writer left them.
     """
     store = open_store(data.store)
-    passes = max(2, round(1.0 / data.gb))
+    passes = max(2, round(4.0 / data.gb))  # long enough that filling and draining count for little
     loaders = {
         f"loader, {n} thread": Loader(store, 8192, threads=n, split="all", epochs=passes) for n in (1, 2)
     }

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from crc32c import crc32c
+from awscrt.checksums import crc32c
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text

@@ -10,7 +10,7 @@ import re
 import sys
 from typing import Any
 
-from crc32c import crc32c
+from awscrt.checksums import crc32c
 
 from configs.errors import StoreCorruptError, StoreError, StoreVersionError
 

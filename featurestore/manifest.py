@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from crc32c import crc32c
+from awscrt.checksums import crc32c
 
 from configs.contract import require_same
 from configs.errors import StoreCorruptError, StoreError, StoreNotFoundError

@@ -27,6 +27,7 @@ Buffer = Any  # bytes, bytearray or a memoryview of bytes
 
 NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 WRITE_BEHIND = 16 << 20  # bytes after which a file being written is pushed towards the disk
+PARTIAL = ".partial"
 REMOTE_PIECE = 8 << 20  # bytes of one range request; longer ranges are fetched in parallel
 REMOTE_THREADS = 16
 REMOTE_TRIES = 6
@@ -138,6 +139,11 @@ def _sync(path: str) -> None:
         os.close(fd)
 
 
+def _temporary(file: str) -> bool:
+    """Whether a file is one that `write` has yet to name; another process may remove it at any moment."""
+    return file.startswith(".") and file.endswith(PARTIAL)
+
+
 class LocalFile:
     """An open file; its descriptor closes with the last reference, so that a cache may drop it while read."""
 
@@ -229,7 +235,7 @@ class LocalObjects:
     def write(self, name: str, data: bytes, *, create: bool = False) -> None:
         path = self._path(name)
         directory, base = os.path.split(path)
-        partial = os.path.join(directory, f".{base}.{os.urandom(4).hex()}.partial")
+        partial = os.path.join(directory, f".{base}.{os.urandom(4).hex()}{PARTIAL}")
         with _explained("write", path):
             os.makedirs(directory, exist_ok=True)
             try:
@@ -265,7 +271,7 @@ class LocalObjects:
             return
         paths = []
         for directory, _, files in os.walk(self._path(prefix)):
-            paths += [os.path.join(directory, file) for file in files] + [directory]
+            paths += [os.path.join(directory, file) for file in files if not _temporary(file)] + [directory]
         with _explained("write", self._path(prefix)), ThreadPoolExecutor(len(paths)) as pool:
             list(pool.map(_sync, paths))
 
@@ -294,7 +300,7 @@ class LocalObjects:
     def entries(self, prefix: str) -> list[tuple[str, int]]:
         found = []
         for directory, _, files in os.walk(self._path(prefix)):
-            for file in files:
+            for file in (file for file in files if not _temporary(file)):
                 path = os.path.join(directory, file)
                 found.append((os.path.relpath(path, self.root), os.path.getsize(path)))
         return sorted(found)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from crc32c import crc32c
+from awscrt.checksums import crc32c
 
 from configs.errors import StoreCorruptError, StoreError
 from featurestore.layout import (

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from crc32c import crc32c
+from awscrt.checksums import crc32c
 
 from configs.contract import require_same
 from configs.errors import InputError, StoreError, StoreNotFoundError
