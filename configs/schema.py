@@ -86,7 +86,7 @@ class TinyConfig(Section):
     """Size of the byte-pair vocabulary trained on the conversations."""
     train_tokens: int = Field(614_400, ge=1)
     """Tokens of training; fixed so that two builds give the same target."""
-    sequence_length: int = Field(512, ge=32)
+    sequence_length: int = Field(2048, ge=32)
     """Tokens of one packed training batch; longer conversations are cut there."""
     learning_rate: float = Field(2e-3, gt=0)
     """Peak AdamW learning rate."""

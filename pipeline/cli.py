@@ -254,6 +254,9 @@ def _interrupt(number: int, _frame: Any) -> NoReturn:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code."""
+    # read when OpenMP is loaded, here and in child processes: threads that wait in a busy loop slow all down
+    # tenfold where something else wants a core
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         words = list(sys.argv[1:] if argv is None else argv)

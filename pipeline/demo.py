@@ -26,7 +26,7 @@ __all__ = ["run"]
 class PeakMemory:
     """Largest memory of this process and all below it, sampled; shared pages are counted once (PSS)."""
 
-    def __init__(self, interval_s: float = 0.5) -> None:
+    def __init__(self, interval_s: float = 1.0) -> None:
         self.peak_bytes = 0
         self._interval_s = interval_s
         self._stop = threading.Event()

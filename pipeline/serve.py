@@ -154,8 +154,6 @@ def _run_engine(name: str, job: dict[str, Any]) -> dict[str, Any]:
     Raises:
         Layer61Error: the engine failed; names its log.
     """
-    # read when the child loads its OpenMP: threads that wait in a busy loop starve one another on few cores
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(job, theirs), name=f"layer61-{name}")

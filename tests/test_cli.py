@@ -37,6 +37,7 @@ def test_help_lists_every_setting_of_the_verb_with_its_default(capsys, verb):
         (["fly"], 2, ["fly", "--help"]),
         (["dump", "--dri-run"], 2, ["--dri-run"]),
         (["train", "--dry-run"], 2, ["target.path"]),
+        (["train", "--dry-run", "run.dir=eagle-runs/x"], 2, ["'eagle'", "set export.dir"]),
         (["train", "target.path=nowhere", "run.dir=nowhere/run"], 3, ["nowhere"]),
         (["export", "target.path=nowhere"], 3, ["nowhere"]),
         (["store", "info", "nowhere"], 3, ["nowhere"]),

@@ -8,6 +8,7 @@ from configs.errors import StoreError, StoreNotFoundError
 from configs.schema import RunConfig, TrainConfig
 from configs.target import target_config
 from export.keymap import keymap
+from export.nextn import refuse_name
 from featurestore import open_store, steps_per_epoch
 
 __all__ = ["Plan", "is_frozen", "plan", "total_steps"]
@@ -112,11 +113,12 @@ def plan(config: RunConfig) -> Plan:
     """Work out what `layer61 train` will do.
 
     Raises:
-        ConfigError: `target.path` is not set.
+        ConfigError: `target.path` is not set, or vLLM would not load the export from where it will lie.
         InputError: config.json describes another architecture.
         StoreError: there is a store and it cannot be read.
     """
     train = config.train
+    refuse_name(config.export_dir)  # now, not after the days that training takes
     model = target_config(config.target.path, planning=True)
     trainable = frozen = 0
     for op in keymap(model):
