@@ -43,7 +43,7 @@ PART_BYTES = 1 << 30
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("torch", "numpy", "crc32c")}
+    return {name: version(name) for name in ("torch", "numpy", "awscrt")}
 
 
 class ShardWriter:
