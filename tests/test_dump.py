@@ -238,10 +238,22 @@ def test_killed_and_started_again_it_gives_the_store_of_an_undisturbed_run(confi
     other = next(n for n in parts_of(whole) if n not in before)
     (killed / "store" / "parts" / f"{other}.deadbeef" / "hidden").mkdir(parents=True)
 
-    done = subprocess.run(command(config, killed), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"{len(before)} of {COUNT // BLOCK} blocks are committed already" in done.stderr
-    again = json.loads(done.stdout)
+    # this time only the engine dies: a new one takes over the block
+    with subprocess.Popen(
+        command(config, killed), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        while len(parts_of(killed)) == len(before):
+            assert process.poll() is None, (killed / "engine.1-of-1.log").read_text()[-3000:]
+            time.sleep(0.005)
+        (engine,) = (
+            p for p in psutil.Process(process.pid).children() if any("spawn_main" in w for w in p.cmdline())
+        )
+        engine.kill()
+        out, err = process.communicate()
+    assert process.returncode == 0, err[-3000:]
+    assert f"{len(before)} of {COUNT // BLOCK} blocks are committed already" in err
+    assert "failed and is tried again: the engine ended (exit code -9)" in " ".join(err.split())
+    again = json.loads(out)
     assert again["resumed"] == len(before)
     after = parts_of(killed)
     assert {name: after[name] for name in before} == before
