@@ -13,8 +13,6 @@ What comes behind it is dropped by the connector. This costs one step of decodin
 import contextlib
 import multiprocessing
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ import numpy as np
 
 from configs import errors
 from configs.errors import CaptureError
+from pipeline import child
 from pipeline.prompts import Document
 from pipeline.vllm_plugin import CAPTURE_VARIABLE
 
@@ -253,20 +252,7 @@ def _raise(described: dict[str, Any]) -> None:
 
 def _serve(settings: EngineSettings, connection: Connection) -> None:
     """Body of the engine's process: answers calls until the connection ends."""
-    output = os.open(settings.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    # an interrupt from the terminal reaches the whole group; who started us decides
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    child.enter(settings.log, append=True)
     try:
         engine = Engine(settings)
     except BaseException as error:

@@ -16,7 +16,6 @@ import os
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
@@ -33,6 +32,7 @@ from configs.schema import RunConfig
 from export.check import check
 from export.checkpoint import Checkpoint
 from export.nextn import MANIFEST, refuse_name
+from pipeline import child
 from pipeline.greedy import compare, noise, partings
 from pipeline.prompts import load_prompts
 from pipeline.view import make_view
@@ -51,18 +51,7 @@ ACCEPTED = "vllm:spec_decode_num_accepted_tokens_per_pos"
 
 def _serve(job: dict[str, Any], connection: Connection) -> None:
     """Run one engine over all prompts; the body of the child process."""
-    # what the engine prints belongs into its log: our standard output carries results
-    log_file = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log_file, 1)
-    os.dup2(log_file, 2)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    child.enter(job["log"])
     if job["engine"]["tensor_parallel_size"] == 1:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
