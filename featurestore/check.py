@@ -88,7 +88,9 @@ def verify(
     entries = list(manifest["parts"]) if manifest else []
     report.version = manifest["version"] if manifest else None
     rows = _index_rows(objects, manifest, report) if manifest else {}
+    markers: dict[str, str | None] = {}
     if not isinstance(store, FeatureStore):
+        markers = _markers(objects, entries, report)
         entries += _unpublished(objects, entries, manifest, report)
     threads = threads or os.cpu_count() or 1
     with task("verify", sum(e["bytes"] for e in entries)) as progress, ThreadPoolExecutor(threads) as pool:
@@ -104,7 +106,7 @@ def verify(
     report.documents = sum(e["documents"] for e in entries)
     report.bytes = sum(e["bytes"] for e in entries)
     if repair and report.problems:
-        _repair(objects, root, manifest, entries, report)
+        _repair(objects, root, manifest, entries, markers, report)
     report.seconds = time.perf_counter() - started
     return report
 
@@ -159,14 +161,34 @@ def _index_rows(
     }
 
 
+def _markers(objects: Objects, entries: list[dict[str, Any]], report: Report) -> dict[str, str | None]:
+    """What `commits/<name>` ought to hold where it does not, by part name; None where it names no part.
+
+    Only object stores have them: where a directory can be renamed, its name is the commit.
+    """
+    wrong: dict[str, str | None] = {}
+    unnamed: list[str] = []
+    found = committed_parts(objects, bad=unnamed)
+    for entry in entries:
+        if "." in entry["path"] and found.get(entry["name"]) != entry["path"]:
+            wrong[entry["name"]] = entry["path"]
+    wrong |= {name: None for name in unnamed if name not in wrong}
+    for name, path in wrong.items():
+        text = f"does not name {path}" if path else "does not name a part"
+        report.problems.append(Problem("", f"commits/{name}", text))
+    return wrong
+
+
 def _unpublished(
     objects: Objects, entries: list[dict[str, Any]], manifest: dict[str, Any] | None, report: Report
 ) -> list[dict[str, Any]]:
     known = {e["name"] for e in entries} | set(manifest["dropped"] if manifest else ())
     found = []
-    for name, path in committed_parts(objects, list(known)).items():
+    for name, path in committed_parts(objects, list(known), bad=[]).items():
         try:
             found.append(part_entry(objects, name, path)[0])
+        except StoreVersionError:
+            raise
         except StoreError as error:
             report.problems.append(Problem(name, "zarr.json", error.message))
     return found
@@ -195,6 +217,8 @@ def _check_part(
         return problems
     try:
         record = part_entry(objects, name, path)[1]
+    except StoreVersionError:
+        raise
     except StoreError as error:
         bad("zarr.json", error.message)
         return problems
@@ -265,8 +289,14 @@ def _repair(
     root: dict[str, Any] | None,
     manifest: dict[str, Any] | None,
     entries: list[dict[str, Any]],
+    markers: dict[str, str | None],
     report: Report,
 ) -> None:
+    for name, path in markers.items():
+        if path is None:
+            objects.delete(f"commits/{name}")
+        else:
+            objects.write(f"commits/{name}", path.encode())
     paths = committed_parts(objects) | {e["name"]: e["path"] for e in entries}
     if root is None:
         if manifest is None:

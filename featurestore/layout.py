@@ -28,6 +28,7 @@ __all__ = [
     "group_metadata",
     "hidden_chunk_tokens",
     "object_path",
+    "part_arrays",
     "seal",
     "shard_bytes",
     "unseal",
@@ -130,7 +131,7 @@ def array_metadata(
         zstd: compress the chunks with zstd level 1.
     """
     codecs: list[dict[str, Any]] = [BYTES, *([ZSTD] if zstd else []), CRC32C]
-    outer = list(shape)
+    outer = [max(shape[0], 1), *shape[1:]]  # an axis without elements still has a chunk size
     if chunk_rows is not None:
         outer[0] = chunk_count(shape[0], chunk_rows) * chunk_rows
         sharding = {
@@ -151,6 +152,24 @@ def array_metadata(
         "codecs": codecs,
         "attributes": {},
         "dimension_names": dimensions,
+    }
+
+
+def part_arrays(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The `zarr.json` of every array of a part, which all follow from the part's record."""
+    T, N, chunk_tokens = record["tokens"], record["documents"], record["chunk_tokens"]
+    if not N:
+        return {}
+    chunks = chunk_count(T, chunk_tokens) + 2 * chunk_count(T, TOKEN_CHUNK)
+    shape, axes = [T, record["states"], record["hidden_size"]], ["token", "state", "channel"]
+    return {
+        "hidden": array_metadata(shape, "bfloat16", axes, chunk_tokens, record["compression"] == "zstd"),
+        "input_ids": array_metadata([T], "uint32", ["token"], TOKEN_CHUNK),
+        "loss_mask": array_metadata([T], "uint8", ["token"], TOKEN_CHUNK),
+        "sample_offset": array_metadata([N + 1], "uint64", ["offset"]),
+        "sample_crc32c": array_metadata([N + 1], "uint32", ["offset"]),
+        "sample_uid": array_metadata([N], "uint64", ["sample"]),
+        "chunk_crc32c": array_metadata([chunks], "uint32", ["chunk"]),
     }
 
 

@@ -282,18 +282,25 @@ class Loader:
                 f"loader state has version {state.get('version')!r}, not {STATE_VERSION}",
                 "resume with the program that wrote the checkpoint",
             )
+        for key in ("manifest", "epoch", "consumed"):
+            if type(state.get(key)) is not int or state[key] < 0:
+                raise StoreError(f"loader state has {key} {state.get(key)!r}, not a whole number")
         for key, mine in (("seed", self.seed), ("split", self.split)):
-            if state[key] != mine:
+            if state.get(key) != mine:
                 raise StoreError(
-                    f"loader state was taken with {key} {state[key]!r}, not {mine!r}",
+                    f"loader state was taken with {key} {state.get(key)!r}, not {mine!r}",
                     f"start with the same {key}, or without the state",
                 )
+        before, store = self.store, self.store.at(state["manifest"])
         self._drain()
-        self._use(self.store.at(state["manifest"]))
-        position = Position(int(state["epoch"]), int(state["consumed"]))
-        if position.epoch < 0 or not 0 <= position.consumed <= len(self._uid):
-            raise StoreError(f"loader state points at document {position.consumed} of {len(self._uid)}")
-        self.position = position
+        try:
+            self._use(store)
+            if state["consumed"] > len(self._uid):
+                raise StoreError(f"loader state points at document {state['consumed']} of {len(self._uid)}")
+        except BaseException:
+            self._use(before)
+            raise
+        self.position = Position(state["epoch"], state["consumed"])
 
 
 def skip(loader: Loader, steps: int) -> None:

@@ -28,6 +28,7 @@ from featurestore.layout import (
     dump_json,
     group_metadata,
     object_path,
+    part_arrays,
     seal,
     unseal,
     unseal_group,
@@ -90,7 +91,13 @@ def read_manifest(objects: Objects, version: int | None = None) -> dict[str, Any
         data = objects.read(manifest_name(version))
     except FileNotFoundError:
         raise StoreNotFoundError(f"{objects.url} has no manifest version {version}") from None
-    return unseal(data, manifest_name(version), objects.url)
+    manifest = unseal(data, manifest_name(version), objects.url)
+    if manifest["version"] != version:
+        raise StoreCorruptError(
+            f"{manifest_name(version)} in {objects.url} is version {manifest['version']}",
+            VERIFY_HINT.format(objects.url),
+        )
+    return manifest
 
 
 def checked_object(objects: Objects, name: str, entry: dict[str, Any], what: str) -> bytes:
@@ -166,6 +173,10 @@ def part_entry(objects: Objects, name: str, path: str) -> tuple[dict[str, Any], 
             f"part {name}: zarr.json is missing", VERIFY_HINT.format(objects.url)
         ) from None
     record = unseal_group(data, f"part {name}: zarr.json", objects.url)
+    if data != dump_json(group_metadata(record, part_arrays(record))):
+        raise StoreCorruptError(
+            f"part {name}: zarr.json does not fit its own record", VERIFY_HINT.format(objects.url)
+        )
     sizes = record["objects"]
     entry = {
         "name": name,
@@ -236,7 +247,7 @@ def drop(path: str | os.PathLike[str] | Objects, parts: Iterable[str]) -> dict[s
     Raises:
         StoreError: a name is not a part of the newest version.
     """
-    objects, names = open_objects(path), set(parts)
+    objects, names = open_objects(path), {parts} if isinstance(parts, str) else set(parts)
     unknown = names - {entry["name"] for entry in read_manifest(objects)["parts"]}
     if unknown:
         raise StoreError(
@@ -250,6 +261,10 @@ def merge(path: str | os.PathLike[str] | Objects, others: Iterable[str | os.Path
 
     No data is rewritten: local parts are hard-linked (one file system), parts in the same bucket are copied
     by the server. A part that is there already is skipped; of documents with one uid the first part wins.
+
+    Raises:
+        ContractError: the stores are not of one contract.
+        StoreError: two different parts have one name, or the data would have to be moved; nothing is added.
     """
     objects = open_objects(path)
     root = require_root(objects)
@@ -258,15 +273,38 @@ def merge(path: str | os.PathLike[str] | Objects, others: Iterable[str | os.Path
         what = f"stores {objects.url} and {other.url}"
         hint = "only stores of one contract can be merged"
         require_same(require_root(other)["contract"], root["contract"], what, hint=hint)
+    have = committed_parts(objects)
+    wanted: dict[str, tuple[Objects, dict[str, Any]]] = {}
     for other in sources:
-        have = committed_parts(objects)
         for entry in read_manifest(other)["parts"]:
-            if entry["name"] in have:
-                continue
-            staging = f"parts/{entry['name']}.{os.urandom(4).hex()}"
+            name = entry["name"]
+            if name in have:
+                _require_same_part(entry, other, part_entry(objects, name, have[name])[0], objects)
+            elif name in wanted:
+                _require_same_part(entry, other, wanted[name][1], wanted[name][0])
+            else:
+                wanted[name] = other, entry
+    for name, (other, entry) in wanted.items():
+        staging = f"parts/{name}.{os.urandom(4).hex()}"
+        try:
             objects.copy_from(other, entry["path"], staging)
-            objects.commit(staging, f"parts/{entry['name']}")
+            objects.commit(staging, f"parts/{name}")
+        except FileExistsError:  # of another merge at the same time
+            objects.delete(staging)
+            mine = part_entry(objects, name, committed_parts(objects)[name])[0]
+            _require_same_part(entry, other, mine, objects)
+        except BaseException:
+            objects.delete(staging)
+            raise
     return _publish(objects)
+
+
+def _require_same_part(entry: dict[str, Any], where: Objects, twin: dict[str, Any], there: Objects) -> None:
+    if entry["meta_crc32c"] != twin["meta_crc32c"]:
+        raise StoreError(
+            f"part {entry['name']} of {where.url} and that of {there.url} have one name and differ",
+            "drop one of the two, or keep the stores apart",
+        )
 
 
 def collect(
@@ -299,32 +337,48 @@ def collect(
                 objects.delete(name)
                 removed.append(name)
     if dropped and versions:
-        for name in read_manifest(objects)["dropped"]:
+        names = read_manifest(objects)["dropped"]
+        for name in names:
             if name in committed:
                 objects.delete(f"commits/{name}")
                 objects.delete(committed[name])
                 removed.append(committed[name])
+        if names:  # a part that is written again under such a name is a new one
+            _publish(objects, forgotten=names)
     return removed
 
 
 def _publish(
-    objects: Objects, *, dropped: Iterable[str] = (), gone: Iterable[str] = (), rebuilt: bool = False
+    objects: Objects,
+    *,
+    dropped: Iterable[str] = (),
+    forgotten: Iterable[str] = (),
+    gone: Iterable[str] = (),
+    rebuilt: bool = False,
 ) -> dict[str, Any]:
-    """Write the next version: `dropped` parts stay committed but unseen, `gone` parts no longer exist."""
+    """Write the next version: `dropped` parts stay committed but unseen, `gone` parts no longer exist.
+
+    `forgotten` names count as dropped no more.
+    """
     root = require_root(objects)
     for _ in range(100):
-        result = _publish_once(objects, root, set(dropped), set(gone), rebuilt)
+        result = _publish_once(objects, root, set(dropped), set(forgotten), set(gone), rebuilt)
         if result is not None:
             return result
     raise StoreError(f"{objects.url}: 100 other publishers came first", "publish from one process")
 
 
 def _publish_once(
-    objects: Objects, root: dict[str, Any], drop_now: set[str], gone: set[str], rebuilt: bool
+    objects: Objects,
+    root: dict[str, Any],
+    drop_now: set[str],
+    forgotten: set[str],
+    gone: set[str],
+    rebuilt: bool,
 ) -> dict[str, Any] | None:
     versions = manifest_versions(objects)
     old = _newest_readable(objects, versions, rebuilt)
-    dropped = set(old["dropped"]) | drop_now if old else drop_now
+    dropped = (set(old["dropped"]) if old else set()) - forgotten | drop_now
     kept = [e for e in old["parts"] if e["name"] not in dropped | gone] if old else []
     if rebuilt:
         kept = []

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import errno
 import functools
+import math
 import os
 import shutil
 import time
@@ -89,7 +90,10 @@ def open_objects(url: str | os.PathLike[str] | Objects, *, durable: bool = True)
     text = os.fspath(url)
     scheme = urlsplit(text).scheme if "://" in text else ""
     if scheme == "file":
-        return LocalObjects(unquote(urlsplit(text).path), durable)
+        parts = urlsplit(text)
+        if parts.netloc or parts.fragment or parts.query:
+            raise StoreError(f"{text} is not a usable file URL", "file:///absolute/path is, or just the path")
+        return LocalObjects(unquote(parts.path), durable)
     if not scheme:
         return LocalObjects(text, durable)
     return RemoteObjects(text)
@@ -107,7 +111,10 @@ def _explained(doing: str, path: str) -> Iterator[None]:
     except OSError as error:
         hint = None
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(os.path.dirname(path) if not os.path.isdir(path) else path).free
+            place = path
+            while not os.path.isdir(place):
+                place = os.path.dirname(place)
+            free = shutil.disk_usage(place).free
             hint = f"{free:,} bytes are free there; make room and start again: committed parts are untouched"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             hint = "check the permissions of that path, or choose another one"
@@ -137,6 +144,17 @@ def _sync(path: str) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _walk(path: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk` that raises what it cannot list; directories that are gone by then are left out."""
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    with _explained("list", path):
+        yield from os.walk(path, onerror=refuse)
 
 
 def _temporary(file: str) -> bool:
@@ -270,7 +288,7 @@ class LocalObjects:
         if not self.durable:
             return
         paths = []
-        for directory, _, files in os.walk(self._path(prefix)):
+        for directory, _, files in _walk(self._path(prefix)):
             paths += [os.path.join(directory, file) for file in files if not _temporary(file)] + [directory]
         with _explained("write", self._path(prefix)), ThreadPoolExecutor(len(paths)) as pool:
             list(pool.map(_sync, paths))
@@ -299,10 +317,11 @@ class LocalObjects:
 
     def entries(self, prefix: str) -> list[tuple[str, int]]:
         found = []
-        for directory, _, files in os.walk(self._path(prefix)):
+        for directory, _, files in _walk(self._path(prefix)):
             for file in (file for file in files if not _temporary(file)):
                 path = os.path.join(directory, file)
-                found.append((os.path.relpath(path, self.root), os.path.getsize(path)))
+                with contextlib.suppress(FileNotFoundError):
+                    found.append((os.path.relpath(path, self.root), os.path.getsize(path)))
         return sorted(found)
 
     def directories(self, prefix: str) -> list[str]:
@@ -320,15 +339,19 @@ class LocalObjects:
             if os.path.isdir(path):
                 # out of sight first: a delete that is cut short leaves nothing that looks committed
                 gone = f"{path}.{os.urandom(4).hex()}.deleted"
-                os.rename(path, gone)
-                shutil.rmtree(gone)
+                with contextlib.suppress(FileNotFoundError):  # someone else was faster
+                    os.rename(path, gone)
+                    shutil.rmtree(gone)
             elif os.path.exists(path):
                 os.unlink(path)
 
     def modified(self, prefix: str) -> float:
-        """Newest change below `prefix`, in seconds since the epoch."""
-        times = [os.stat(self._path(prefix)).st_mtime]
-        for directory, names, files in os.walk(self._path(prefix)):
+        """Newest change below `prefix`, in seconds since the epoch; infinite if it is gone."""
+        try:
+            times = [os.stat(self._path(prefix)).st_mtime]
+        except FileNotFoundError:
+            return math.inf
+        for directory, names, files in _walk(self._path(prefix)):
             for name in [*names, *files]:
                 with contextlib.suppress(FileNotFoundError):
                     times.append(os.stat(os.path.join(directory, name)).st_mtime)
@@ -343,11 +366,16 @@ class LocalObjects:
                 os.makedirs(os.path.dirname(target), exist_ok=True)
                 os.rename(source, target)
             except OSError as error:
-                if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                if os.path.exists(os.path.join(target, "zarr.json")):
                     raise FileExistsError(target) from None
-                raise
+                # a part that lost its metadata is none; out of the way, where `collect` finds it
+                os.rename(target, f"{target}.{os.urandom(4).hex()}")
+                return self.commit(staging, final)
         if self.durable:
             _sync(os.path.dirname(target))
+            _sync(self.root)
         return final
 
     def move(self, prefix: str, to: str) -> None:
@@ -393,7 +421,10 @@ class RemoteWindow:
         for view in buffers:
             done = 0
             while done < len(view):
-                start, data = next(p for p in pieces if p[0] <= offset < p[0] + len(p[1]))
+                inside = (p for p in pieces if p[0] <= offset < p[0] + len(p[1]))
+                start, data = next(inside, (0, None))
+                if data is None:
+                    raise EOFError
                 part = data[offset - start : offset - start + len(view) - done]
                 view[done : done + len(part)] = part
                 done += len(part)
@@ -618,8 +649,13 @@ class RemoteObjects:
         """Name a finished directory by a create-only marker; FileExistsError if the name is taken."""
         if self.exists(f"{final}/zarr.json"):
             raise FileExistsError(final)
-        name = final.rsplit("/", 1)[-1]
-        self.write(f"commits/{name}", staging.encode(), create=True)
+        marker = f"commits/{final.rsplit('/', 1)[-1]}"
+        try:
+            self.write(marker, staging.encode(), create=True)
+        except FileExistsError:
+            # ours, if the answer to the first try was lost and it was tried again
+            if self.read(marker) != staging.encode():
+                raise
         return staging
 
     def move(self, prefix: str, to: str) -> None:

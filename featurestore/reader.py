@@ -159,6 +159,10 @@ class Shard:
             raise self.corrupt(f"chunk {chunk}: the object is not as long as the manifest says") from None
         except FileNotFoundError:
             raise self.corrupt("the object is missing") from None
+        except StoreError:
+            raise
+        except OSError as error:
+            raise self.corrupt(f"chunk {chunk} cannot be read: {error.strerror}") from error
 
     def _read_plain(
         self, window: Window, chunk: int, low: int, views: list[memoryview], crc: int, expected: int | None
@@ -421,7 +425,4 @@ def open_store(path: str | os.PathLike[str], version: int | None = None) -> Feat
     """
     objects = open_objects(path)
     require_root(objects)
-    manifest = read_manifest(objects, version)
-    if manifest["version"] != version and version is not None:
-        raise StoreError(f"{objects.url}: manifest {version} says it is version {manifest['version']}")
-    return FeatureStore(objects, manifest)
+    return FeatureStore(objects, read_manifest(objects, version))

@@ -151,6 +151,18 @@ def _pairs(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "none"
 
 
+def _texts(ids: list[int], tokenizer: Tokenizer) -> list[str]:
+    """Text of each token; a character cut over several stands with its last."""
+    texts, waiting = [""] * len(ids), []
+    for t, token in enumerate(ids):
+        waiting.append(token)
+        text = tokenizer.decode(waiting)
+        # a replacement character at the end: bytes of it are still to come, four at most in UTF-8
+        if not text.endswith("\ufffd") or len(waiting) > 4 or t + 1 == len(ids):
+            texts[t], waiting = text, []
+    return texts
+
+
 def show(
     store: FeatureStore | str | os.PathLike[str], document: int, tokenizer: Tokenizer | None = None
 ) -> dict[str, Any]:
@@ -178,6 +190,7 @@ def show(
     found = store[place]
     norms = found.hidden.float().norm(dim=-1)  # [T, S]
     ids = found.input_ids.tolist()
+    texts = _texts(ids, tokenizer) if tokenizer else [None] * len(ids)
     return {
         "uid": found.uid,
         "place": place,
@@ -194,7 +207,7 @@ def show(
             {
                 "position": t,
                 "id": token,
-                "text": tokenizer.decode([token]) if tokenizer else None,
+                "text": texts[t],
                 "loss": bool(found.loss_mask[t]),
                 "norms": norms[t].tolist(),
             }

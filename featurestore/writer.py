@@ -7,7 +7,9 @@ and removed by `collect`.
 
 import functools
 import json
+import operator
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -19,19 +21,20 @@ import torch
 from awscrt.checksums import crc32c
 
 from configs.contract import require_same
-from configs.errors import InputError, StoreError, StoreNotFoundError
+from configs.errors import InputError, StoreCorruptError, StoreError, StoreNotFoundError
 from featurestore.layout import (
     CRC_BYTES,
     SCHEMA,
     TOKEN_CHUNK,
+    VERIFY_HINT,
     PartExistsError,
-    array_metadata,
     check_name,
     chunk_stride,
     dump_json,
     group_metadata,
     hidden_chunk_tokens,
     object_path,
+    part_arrays,
     unseal_group,
 )
 from featurestore.objects import Objects, Stream, open_objects
@@ -190,6 +193,7 @@ class StoreWriter:
             )
 
     def _reset(self) -> None:
+        self._name = self.exact or ""
         self._staging: str | None = None
         self._shards: dict[str, ShardWriter] = {}
         self._uids: dict[int, None] = {}
@@ -248,7 +252,13 @@ class StoreWriter:
             )
         if len(ids) == 0:
             raise InputError(f"document {uid} is empty", "leave documents without tokens out")
-        uid = int(uid)
+        try:
+            uid = operator.index(uid)
+            str(source).encode()
+        except (TypeError, UnicodeEncodeError) as error:
+            raise InputError(
+                f"document {uid!r} of source {source!r}: {error}", "a uid is a whole number, a source is text"
+            ) from None
         if not 0 <= uid < 1 << 64:
             raise InputError(f"uid {uid} is outside 0 to 2**64 - 1")
         if uid in self._uids:
@@ -260,8 +270,9 @@ class StoreWriter:
             self._shards["hidden"].append(bits.data.cast("B"))
             self._shards["input_ids"].append(ids.data.cast("B"))
             self._shards["loss_mask"].append(mask.data.cast("B"))
-        except BaseException:
+        except BaseException as error:
             self._broken = True
+            self._say_lost(error)
             raise
         self._uids[uid] = None
         self._offsets.append(self._offsets[-1] + len(ids))
@@ -275,6 +286,10 @@ class StoreWriter:
 
     def _lost(self) -> StoreError:
         return StoreError(f"the open part of {self.url} is lost by an earlier failure", "open a new writer")
+
+    def _say_lost(self, error: BaseException) -> None:
+        if isinstance(error, StoreError):
+            error.message += f"; part {self._name} is lost, with {self.documents:,} documents"
 
     def _check_shape(self, uid: int, shape: tuple[int, ...]) -> None:
         states = self.contract.get("states")
@@ -327,6 +342,7 @@ class StoreWriter:
 
         Raises:
             PartExistsError: another writer committed a part of that name first; this one's is discarded.
+            StoreError: writing failed, or something removed what was written; the open part is lost.
         """
         if self._broken:
             raise self._lost()
@@ -339,11 +355,17 @@ class StoreWriter:
             self._write_metadata(self._staging)
             self._objects.commit(self._staging, f"parts/{self._name}")
         except FileExistsError:
-            name = self._name
+            name, documents = self._name, self.documents
             self.discard()
-            raise _exists(name, self.url) from None
-        except BaseException:
+            if self.exact is not None:
+                raise _exists(name, self.url) from None
+            raise PartExistsError(
+                f"part {name} of {self.url} is another writer's: {documents:,} documents of this are lost",
+                "give every writer of a run its own name, and write these documents again",
+            ) from None
+        except BaseException as error:
             self._broken = True
+            self._say_lost(error)
             raise
         name = self._name
         self._reset()
@@ -352,46 +374,7 @@ class StoreWriter:
     def _write_metadata(self, staging: str) -> None:
         tokens, documents = self.tokens, self.documents
         states, width = self._shape or (0, 0)
-        small: dict[str, bytes] = {}
-        objects: dict[str, Any] = {}
-        arrays: dict[str, Any] = {}
-
-        def add(array: str, metadata: dict[str, Any], size: int, crc: int) -> None:
-            text = dump_json(metadata)
-            small[f"{staging}/{array}/zarr.json"] = text
-            arrays[array] = metadata
-            objects[object_path(array)] = {"bytes": size, "crc32c": f"{crc:08x}"}
-            objects[f"{array}/zarr.json"] = {"bytes": len(text), "crc32c": f"{crc32c(text):08x}"}
-
-        if documents:
-            table: list[int] = []
-            zstd = self.compression == "zstd"
-            for array, metadata in {
-                "hidden": array_metadata(
-                    [tokens, states, width],
-                    "bfloat16",
-                    ["token", "state", "channel"],
-                    self._chunk_tokens,
-                    zstd,
-                ),
-                "input_ids": array_metadata([tokens], "uint32", ["token"], TOKEN_CHUNK),
-                "loss_mask": array_metadata([tokens], "uint8", ["token"], TOKEN_CHUNK),
-            }.items():
-                add(array, metadata, *self._shards[array].close())
-                table += self._shards[array].crcs
-            for array, values, dimension in (
-                ("sample_offset", np.array(self._offsets, "<u8"), "offset"),
-                ("sample_crc32c", np.array(self._crcs, "<u4"), "offset"),
-                ("sample_uid", np.fromiter(self._uids, "<u8", documents), "sample"),
-                ("chunk_crc32c", np.array(table, "<u4"), "chunk"),
-            ):
-                data = values.tobytes()
-                crc = crc32c(data)
-                data += crc.to_bytes(CRC_BYTES, "little")
-                small[f"{staging}/{object_path(array)}"] = data
-                metadata = array_metadata([len(values)], values.dtype.name, [dimension])
-                add(array, metadata, len(data), crc)
-        record = {
+        record: dict[str, Any] = {
             "schema": SCHEMA,
             "name": self._name,
             "tokens": tokens,
@@ -407,13 +390,43 @@ class StoreWriter:
                 "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "versions": _versions(),
             },
-            "objects": objects,
+            "objects": {},
             "n_loss": self._n_loss,
             "held_out": self._held_out,
             "sources": list(self._sources),
             "sample_source": self._sample_source,
         }
-        self._objects.put(small)
+        arrays, objects = part_arrays(record), record["objects"]
+        small: dict[str, bytes] = {}
+        table: list[int] = []
+        for array, shard in self._shards.items():
+            size, crc = shard.close()
+            objects[object_path(array)] = {"bytes": size, "crc32c": f"{crc:08x}"}
+            table += shard.crcs
+        for array, values in {
+            "sample_offset": np.array(self._offsets, "<u8"),
+            "sample_crc32c": np.array(self._crcs, "<u4"),
+            "sample_uid": np.fromiter(self._uids, "<u8", documents),
+            "chunk_crc32c": np.array(table, "<u4"),
+        }.items():
+            if documents:
+                data = values.tobytes()
+                crc = crc32c(data)
+                data += crc.to_bytes(CRC_BYTES, "little")
+                small[object_path(array)] = data
+                objects[object_path(array)] = {"bytes": len(data), "crc32c": f"{crc:08x}"}
+        for array, metadata in arrays.items():
+            text = dump_json(metadata)
+            small[f"{array}/zarr.json"] = text
+            objects[f"{array}/zarr.json"] = {"bytes": len(text), "crc32c": f"{crc32c(text):08x}"}
+        self._objects.put({f"{staging}/{name}": data for name, data in small.items()})
+        there = dict(self._objects.entries(staging))
+        gone = [name for name, entry in objects.items() if there.get(f"{staging}/{name}") != entry["bytes"]]
+        if gone:
+            raise StoreError(
+                f"{self.url}: {staging}/{gone[0]} was removed or cut while it was being written",
+                "another process cleaned up; write the part again",
+            )
         self._objects.put({f"{staging}/zarr.json": dump_json(group_metadata(record, arrays))})
 
     def discard(self) -> None:
@@ -495,19 +508,38 @@ def part_exists(store: str | os.PathLike[str] | Objects, name: str) -> bool:
     return objects.exists(f"commits/{name}")
 
 
-def committed_parts(objects: Objects, known: Sequence[str] = ()) -> dict[str, str]:
+def committed_parts(
+    objects: Objects, known: Sequence[str] = (), bad: list[str] | None = None
+) -> dict[str, str]:
     """Names and paths of the committed parts, in order of name.
 
     `parts/<name>` is committed when it holds `zarr.json`, `parts/<name>.<attempt>` when `commits/<name>` says
     so; names in `known` are taken to be committed without a look.
+
+    Args:
+        objects: the store.
+        known: names to leave out.
+        bad: takes the names of markers that do not name a part.
+
+    Raises:
+        StoreCorruptError: a marker does not name a part, and there is no `bad`.
     """
     skip = set(known)
     found = {}
     for directory in objects.directories("parts"):
         if "." not in directory and directory not in skip and objects.exists(f"parts/{directory}/zarr.json"):
             found[directory] = f"parts/{directory}"
-    for path, _ in objects.entries("commits"):
-        name = path.rsplit("/", 1)[-1]
-        if "." not in name and name not in skip and name not in found:
-            found[name] = objects.read(path).decode()
+    for marker, _ in objects.entries("commits"):
+        name = marker.rsplit("/", 1)[-1]
+        if "." in name or name in skip or name in found:
+            continue
+        path = objects.read(marker).decode(errors="replace")
+        if re.fullmatch(rf"parts/{re.escape(name)}\.[0-9a-f]{{8}}", path):
+            found[name] = path
+        elif bad is not None:
+            bad.append(name)
+        else:
+            raise StoreCorruptError(
+                f"{marker} in {objects.url} does not name a part: {path!r}", VERIFY_HINT.format(objects.url)
+            )
     return dict(sorted(found.items()))

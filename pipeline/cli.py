@@ -159,10 +159,11 @@ def _store(args: argparse.Namespace) -> int:
 
 
 def console_out(thing: Any) -> None:
-    """Print a rich renderable to stdout."""
+    """Print text or a rich renderable to stdout; what a store holds is never taken for markup."""
     from rich.console import Console
 
-    Console(soft_wrap=not sys.stdout.isatty()).print(thing)
+    soft = not sys.stdout.isatty()
+    Console(soft_wrap=soft, markup=False, emoji=False, highlight=False).print(thing)
 
 
 VERBS: dict[str, tuple[Callable[[argparse.Namespace], int], str, tuple[str, ...]]] = {

@@ -204,6 +204,20 @@ def test_states_that_do_not_fit_are_refused(store) -> None:
     next(loader)
 
 
+@pytest.mark.parametrize(
+    "change", [{"consumed": 1.5}, {"consumed": 10**6}, {"manifest": None}, {"epoch": -1}]
+)
+def test_a_refused_state_changes_nothing(store, change) -> None:
+    with Loader(store, 256, split="all") as loader, Loader(store, 256, split="all") as other:
+        for _ in range(2):
+            assert next(loader).uids == next(other).uids
+        before = loader.state_dict()
+        with pytest.raises(StoreError, match="loader state"):
+            loader.load_state_dict({**before, **change})
+        assert loader.state_dict() == before
+        assert next(loader).uids == next(other).uids
+
+
 def test_documents_beyond_the_budget_are_named(store) -> None:
     longest = max((d for d in MADE if not d.held_out), key=lambda d: len(d.input_ids))
     with pytest.raises(ConfigError, match=rf"train\.tokens_per_rank = 50 .*uid {longest.uid}: "):

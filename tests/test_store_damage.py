@@ -214,6 +214,57 @@ def test_repair_makes_metadata_again_from_the_parts(whole, tmp_path, victim, kin
     assert "problem" in console.export_text() or not report.problems
 
 
+def test_damage_beside_the_record_of_a_part_is_never_adopted(tmp_path) -> None:
+    write(tmp_path, [make(1, 10)], part="a")
+    metadata = tmp_path / "parts" / "a" / "zarr.json"
+    text = metadata.read_text()
+    bad = text.replace('"loss_mask": {"zarr_format": 3, "node_type": "array", "shape": [10]', "X")
+    metadata.write_text(
+        bad.replace("X", '"loss_mask": {"zarr_format": 3, "node_type": "array", "shape": [11]')
+    )
+    assert metadata.read_text() != text
+    with pytest.raises(StoreCorruptError, match=r"part a: zarr\.json"):
+        publish(tmp_path)
+    assert [(p.part, p.object) for p in featurestore.verify(tmp_path).problems] == [("a", "zarr.json")]
+
+
+def test_what_cannot_be_listed_is_not_missing(whole, monkeypatch) -> None:
+    """One directory that cannot be read must not cost a healthy part."""
+    import os
+
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("hidden"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(StoreError, match=r"cannot list .*Permission denied"):
+        featurestore.verify(whole, repair=True)
+    monkeypatch.undo()
+    assert featurestore.verify(whole).problems == []
+
+
+def test_a_sector_that_cannot_be_read_is_named(whole, monkeypatch) -> None:
+    import os
+
+    preadv = os.preadv
+
+    def broken(fd: int, buffers: list, offset: int, *flags: int) -> int:
+        if len(buffers[0]) > 1000:
+            raise OSError(5, "Input/output error")
+        return preadv(fd, buffers, offset, *flags)
+
+    monkeypatch.setattr(os, "preadv", broken)
+    store = open_store(whole)
+    longest = int(store.length.argmax())
+    with pytest.raises(
+        StoreCorruptError, match=r"part .*hidden.*chunk \d+ cannot be read: Input/output error"
+    ):
+        store[longest]
+
+
 def test_verify_names_the_bad_chunk(whole) -> None:
     file = whole / "parts/b/hidden/c/0/0/0"
     changed = bytearray(file.read_bytes())

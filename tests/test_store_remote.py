@@ -29,6 +29,7 @@ class Gate:
     most_in_flight: int = 0
     fail: int = 0  # answer so many requests with 503
     cut: int = 0  # end so many object answers in the middle
+    lose: str = ""  # answer 503 to the next request for this path, after it was carried out
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def ranges(self, suffix: str) -> list[str]:
@@ -60,6 +61,13 @@ def handler(gate: Gate) -> type[BaseHTTPRequestHandler]:
                 connection.request(self.command, self.path, body, dict(self.headers))
                 answer = connection.getresponse()
                 data = answer.read()
+                if gate.lose and self.command == "PUT" and self.path.split("?")[0].endswith(gate.lose):
+                    gate.lose = ""
+                    self.send_response(503)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    connection.close()
+                    return
                 self.send_response(answer.status)
                 for name, value in answer.getheaders():
                     if name.lower() not in ("transfer-encoding", "connection", "content-length"):
@@ -135,6 +143,51 @@ def test_every_kind_of_url_writes_reads_and_verifies(url) -> None:
     with pytest.raises(ContractError):
         StoreWriter(url, {**CONTRACT, "max_length": 3})
     assert featurestore.info(url)["totals"]["documents"] == len(MORE)
+
+
+def test_a_commit_whose_answer_is_lost_is_no_other_writers(gate) -> None:
+    url = "s3://features/lost-answer"
+    gate.lose = "commits/a"
+    write(url, MADE, part="a")
+    assert not gate.lose, "no answer was lost"
+    publish(url)
+    for document, made in zip(open_store(url), MADE, strict=True):
+        assert_same(document, made)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"parts/b.00000000"])
+def test_commit_markers_are_checked_and_made_again(request, content) -> None:
+    url = f"memory://markers-{request.node.callspec.indices['content']}"
+    write(url, MADE, part="a")
+    write(url, MORE, part="b")
+    publish(url)
+    bucket = objects.open_objects(url)
+    if content is None:
+        bucket.delete("commits/a")
+    else:
+        bucket.write("commits/a", content)
+    (problem,) = featurestore.verify(url).problems
+    assert problem.object == "commits/a"
+    assert featurestore.verify(url, repair=True).quarantined == []
+    assert featurestore.verify(url).problems == []
+    assert part_exists(url, "a")
+    featurestore.rebuild(url)
+    for document, made in zip(open_store(url), MADE + MORE, strict=True):
+        assert_same(document, made)
+
+
+def test_a_marker_of_an_unpublished_part_that_names_nothing_is_reported() -> None:
+    url = "memory://unpublished-marker"
+    write(url, MADE, part="a")
+    publish(url)
+    write(url, MORE, part="b")
+    objects.open_objects(url).write("commits/b", b"x")
+    with pytest.raises(StoreCorruptError, match="commits/b"):
+        publish(url)
+    assert [p.object for p in featurestore.verify(url, repair=True).problems] == ["commits/b"]
+    write(url, MORE, part="b")
+    publish(url)
+    assert len(open_store(url)) == len(MADE + MORE)
 
 
 def test_commit_is_create_only(url) -> None:

@@ -165,6 +165,70 @@ def test_merge_links_the_parts_of_other_stores(tmp_path) -> None:
         featurestore.merge(a, [other])
 
 
+def test_merge_refuses_two_parts_of_one_name(tmp_path) -> None:
+    for name, uid in (("a", 1), ("b", 2)):
+        write(tmp_path / name, [make(uid, 10)], part="block")
+        publish(tmp_path / name)
+    with pytest.raises(StoreError, match=r"part block of .* have one name and differ"):
+        featurestore.merge(tmp_path / "a", [tmp_path / "b"])
+    assert open_store(tmp_path / "a").uid.tolist() == [1]
+    assert featurestore.verify(tmp_path / "a").problems == []
+
+
+def test_a_dropped_and_collected_part_can_be_written_again(tmp_path) -> None:
+    write(tmp_path, [make(1, 10)], part="a")
+    write(tmp_path, [make(2, 10)], part="b")
+    publish(tmp_path)
+    featurestore.drop(tmp_path, "b")
+    assert featurestore.collect(tmp_path, dropped=True) == ["parts/b"]
+    write(tmp_path, [make(3, 10)], part="b")
+    publish(tmp_path)
+    assert sorted(open_store(tmp_path).uid.tolist()) == [1, 3]
+    assert featurestore.collect(tmp_path, dropped=True) == []
+    assert_same(open_store(tmp_path)[1], make(3, 10))
+
+
+def test_a_part_that_lost_its_metadata_can_be_written_again(tmp_path) -> None:
+    write(tmp_path, [make(1, 10)], part="a")
+    (tmp_path / "parts" / "a" / "zarr.json").unlink()
+    assert not part_exists(tmp_path, "a")
+    write(tmp_path, [make(1, 10)], part="a")
+    publish(tmp_path)
+    assert_same(open_store(tmp_path)[0], make(1, 10))
+    assert len(featurestore.collect(tmp_path, older_than_s=-1)) == 1
+
+
+def test_a_part_is_not_committed_without_what_was_written(tmp_path) -> None:
+    writer = StoreWriter(tmp_path, CONTRACT, part="a", durable=False)
+    append(writer, make(1, 200))
+    assert len(featurestore.collect(tmp_path, older_than_s=-1)) == 1
+    with pytest.raises(StoreError, match=r"was removed or cut while it was being written; part a is lost"):
+        writer.commit()
+    assert not part_exists(tmp_path, "a")
+    assert publish(tmp_path)["totals"]["documents"] == 0
+
+
+def test_two_writers_of_one_name_say_whose_documents_are_lost(tmp_path) -> None:
+    first, second = (StoreWriter(tmp_path, CONTRACT, "w", run="r", durable=False) for _ in range(2))
+    append(first, make(1, 10))
+    append(second, make(2, 10))
+    first.commit()
+    with pytest.raises(PartExistsError, match=r"1 documents of this are lost\nhint: give every writer"):
+        second.commit()
+
+
+@pytest.mark.parametrize("uid", [1.9, "7", None, -1, 1 << 64])
+def test_a_uid_is_a_whole_number(tmp_path, uid) -> None:
+    with StoreWriter(tmp_path, CONTRACT, durable=False) as writer:
+        with pytest.raises(InputError, match="uid"):
+            writer.append(uid, [1], [1], np.zeros((1, 1, 32), np.uint16))
+        with pytest.raises(InputError, match="source"):
+            writer.append(1, [1], [1], np.zeros((1, 1, 32), np.uint16), source="x\ud83d")
+        append(writer, make(1, 10))
+    publish(tmp_path)
+    assert_same(open_store(tmp_path)[0], make(1, 10))
+
+
 def test_parts_roll_over_and_are_named_in_order(tmp_path) -> None:
     with StoreWriter(tmp_path, CONTRACT, writer="w7", run="run1", part_bytes=10_000, durable=False) as writer:
         for uid in range(10):
@@ -349,7 +413,9 @@ def test_a_full_disk_loses_only_the_open_part(tmp_path, monkeypatch) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "writev", full)
-        with pytest.raises(StoreError, match=r"No space left on device\nhint: [\d,]+ bytes are free"):
+        with pytest.raises(
+            StoreError, match=r"part b is lost, with 1 documents\nhint: [\d,]+ bytes are free"
+        ):
             append(writer, make(3, 10))
     with pytest.raises(StoreError, match="lost by an earlier failure"):
         append(writer, make(4, 10))
@@ -406,6 +472,33 @@ def test_info_and_show_describe_the_store(tmp_path) -> None:
     assert "".join(row["text"] for row in shown["rows"]) in text
     with pytest.raises(StoreError, match="no document 999"):
         featurestore.show(tmp_path, 999)
+
+
+def test_show_joins_characters_that_are_cut_over_tokens(tmp_path) -> None:
+    text = "größe 日本語 🙂 \ufffd ok"
+    data = text.encode()
+
+    class Bytes:
+        def decode(self, token_ids: list[int]) -> str:
+            return bytes(token_ids).decode(errors="replace")
+
+    with StoreWriter(tmp_path, CONTRACT, durable=False) as writer:
+        writer.append(1, list(data), [1] * len(data), np.zeros((len(data), 1, 32), np.uint16))
+    publish(tmp_path)
+    assert "".join(row["text"] for row in featurestore.show(tmp_path, 1, Bytes())["rows"]) == text
+
+
+def test_what_a_store_holds_is_no_markup(tmp_path, capsys) -> None:
+    from pipeline.cli import main
+
+    with StoreWriter(tmp_path / "s[b]", CONTRACT, durable=False) as writer:
+        for uid, source in enumerate(("[red]data", "a:star:b", "[/foo]x")):
+            writer.append(uid, [1], [1], np.zeros((1, 1, 32), np.uint16), source=source)
+    publish(tmp_path / "s[b]")
+    for words in ([], ["--json"]):
+        assert main(["store", "info", str(tmp_path / "s[b]"), *words]) == 0
+        out = capsys.readouterr().out
+        assert all(source in out for source in ("[red]data", "a:star:b", "[/foo]x", "s[b]"))
 
 
 def test_exponent_entropy_of_one_exponent(tmp_path: Path) -> None:
