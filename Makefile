@@ -40,22 +40,22 @@ target: setup ## build the tiny V3.2-shaped target of CONFIG
 	$(LAYER61) target $(CONFIG) $(ARGS)
 
 dump-hidden-states: setup ## stage one: conversations to stored hidden states (CONFIG=, RUN=, ARGS=)
-	$(LAYER61) dump $(CONFIG) run.dir=$(RUN) $(ARGS)
+	$(LAYER61) dump $(CONFIG) 'run.dir="$(RUN)"' $(ARGS)
 
 train: setup ## stage two: train layer 61 from the store
-	$(LAYER61) train $(CONFIG) run.dir=$(RUN) $(ARGS)
+	$(LAYER61) train $(CONFIG) 'run.dir="$(RUN)"' $(ARGS)
 
 export-nextn: setup ## write the NextN directory that vLLM and sglang load
-	$(LAYER61) export $(CONFIG) run.dir=$(RUN) $(ARGS)
+	$(LAYER61) export $(CONFIG) 'run.dir="$(RUN)"' $(ARGS)
 
 evaluate: setup ## offline acceptance of a checkpoint (ARGS=evaluate.checkpoint=released)
-	$(LAYER61) evaluate $(CONFIG) run.dir=$(RUN) $(ARGS)
+	$(LAYER61) evaluate $(CONFIG) 'run.dir="$(RUN)"' $(ARGS)
 
 verify: setup ## serve target and draft in vLLM and measure acceptance
-	$(LAYER61) verify $(CONFIG) run.dir=$(RUN) $(ARGS)
+	$(LAYER61) verify $(CONFIG) 'run.dir="$(RUN)"' $(ARGS)
 
 report: setup ## one self-contained HTML page about a run
-	$(LAYER61) report $(RUN)
+	$(LAYER61) report "$(RUN)"
 
 test: setup ## every test; no GPU needed
 	$(BIN)/python -m pytest -q $(ARGS)

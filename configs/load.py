@@ -12,7 +12,7 @@ from configs.errors import ConfigError
 from configs.files import read_json, write_json
 from configs.schema import RunConfig, Section
 
-__all__ = ["freeze", "load_config", "settings"]
+__all__ = ["freeze", "load_config", "settings", "settings_file"]
 
 
 def settings() -> Iterator[tuple[str, str, Any, str, bool]]:
@@ -37,11 +37,23 @@ def _read_toml(path: Path) -> dict[str, Any]:
             f"there is no configuration file {path}", f"configs/ holds {', '.join(known)}"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the configuration file {path}: {error}") from None
+        raise ConfigError(
+            f"cannot read the configuration file {path}: {error}", "a configuration is TOML in UTF-8"
+        ) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(
             f"{path} is not valid TOML: {error}", "see https://toml.io for the grammar"
         ) from None
+
+
+def _read_object(path: Path, hint: str) -> dict[str, Any]:
+    try:
+        value = read_json(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}", hint) from None
+    if not isinstance(value, dict) or not all(isinstance(table, dict) for table in value.values()):
+        raise ConfigError(f"{path} does not hold one object for each section", hint)
+    return value
 
 
 def _parse_override(text: str) -> tuple[list[str], Any]:
@@ -104,7 +116,10 @@ def load_config(files: Sequence[Path | str], overrides: Sequence[str] = ()) -> R
     """
     merged: dict[str, Any] = {}
     for file in map(Path, files):
-        _merge(merged, read_json(file) if file.suffix == ".json" and file.is_file() else _read_toml(file))
+        if file.suffix == ".json" and file.is_file():
+            _merge(merged, _read_object(file, "name a TOML file, or the JSON file of a run"))
+        else:
+            _merge(merged, _read_toml(file))
     for text in overrides:
         path, value = _parse_override(text)
         nested: dict[str, Any] = {path[-1]: value}
@@ -118,6 +133,11 @@ def load_config(files: Sequence[Path | str], overrides: Sequence[str] = ()) -> R
         raise _explain(error, source) from None
 
 
+def settings_file(config: RunConfig, verb: str) -> Path:
+    """Where the settings lie under which a verb was first started in the run directory."""
+    return config.run.dir / f"config.{verb}.json"
+
+
 def freeze(config: RunConfig, verb: str, sections: Sequence[str]) -> Path:
     """Write the settings a verb depends on to `RUN/config.<verb>.json`, or compare with those already there.
 
@@ -125,11 +145,11 @@ def freeze(config: RunConfig, verb: str, sections: Sequence[str]) -> Path:
         ConfigError: an earlier start in this run directory had other values; every differing key is listed.
             Keys that only say how the work is done (`free` in the schema) and `run.dir` may differ.
     """
-    path = config.run.dir / f"config.{verb}.json"
+    path = settings_file(config, verb)
     free = {(section, key) for section, key, _, _, is_free in settings() if is_free} | {("run", "dir")}
     values = config.model_dump(mode="json", include=set(sections) | {"run"})
     if path.exists():
-        earlier = read_json(path)
+        earlier = _read_object(path, "remove it to take the settings of this start")
         differing = [
             f"{section}.{key} was {earlier.get(section, {}).get(key)!r}, now {value!r}"
             for section, table in values.items()

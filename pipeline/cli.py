@@ -1,6 +1,7 @@
 """Verbs and nothing else: parse, call the stage, turn errors into exit codes."""
 
 import argparse
+import errno
 import json
 import os
 import signal
@@ -8,17 +9,29 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
 from configs.errors import ConfigError, InputError, Layer61Error, StoreError
-from configs.load import freeze, load_config, settings
+from configs.load import freeze, load_config, settings, settings_file
+from configs.lock import hold
 from configs.progress import console, log
 from configs.schema import RunConfig
 from configs.target import target_config
 
 __all__ = ["main"]
 
+# what the user's disk or path is to blame for
+DISK_ERRORS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.ENOTDIR,
+    errno.EEXIST,
+)
 EXIT_CODES = (
     "exit codes: 0 done, 1 failed, 2 bad configuration or usage, 3 input does not match, 130/143 interrupted"
 )
@@ -80,15 +93,30 @@ def _stage(
     _say(args.verb, str(plan(config)))
     if args.dry_run:
         return 0
-    # before anything is remembered of this start
     target_config(config.target.path)
-    freeze(config, args.verb, sections)
     started = time.monotonic()
-    result = run(config)
+    with _alone(config, args.verb):
+        first = not settings_file(config, args.verb).exists()
+        kept = freeze(config, args.verb, sections)
+        try:
+            result = run(config)
+        except (ConfigError, InputError):
+            # what was refused at the first start binds nobody
+            if first:
+                kept.unlink(missing_ok=True)
+            raise
     if result is not None:
         print(json.dumps(result, indent=2, default=str))  # noqa: T201 - data goes to stdout
     log(args.verb, f"done in {time.monotonic() - started:.0f} s")
     return 0
+
+
+def _alone(config: RunConfig, verb: str) -> AbstractContextManager[None]:
+    """Keep a second process of a verb out of the run directory; dump and train see to it themselves."""
+    if verb in ("dump", "train") or os.environ.get("RANK", "0") != "0":
+        return nullcontext()
+    hint = "wait for it, or choose another run directory (RUN=... or run.dir=...)"
+    return hold(config.run.dir / f".{verb}.lock", f"another {verb}", hint)
 
 
 def _dump(args: argparse.Namespace) -> int:
@@ -273,6 +301,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.hint:
             console.print(f"hint: {error.hint}", markup=False)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        console.print(f"error: {error.filename}: {error.strerror}", markup=False, style="red")
+        console.print("hint: check the path, its permissions and the free space", markup=False)
+        return 1
     except KeyboardInterrupt:
         console.print("interrupted; the same command continues from what is saved")
         return 128 + signal.SIGINT

@@ -5,12 +5,12 @@ is a hash of what it holds, and is the name of the part it becomes, so a block t
 other record: a run that was killed, a second run, and another machine all see in the store what is done.
 """
 
-import fcntl
 import io
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import zipfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,14 +28,16 @@ from configs.contract import (
 )
 from configs.errors import CaptureError, ConfigError, InputError
 from configs.files import atomic_write, sha256_json
+from configs.lock import hold
 from configs.progress import log, task
 from configs.schema import RunConfig
 from configs.target import target_config
+from export.checkpoint import Checkpoint
 from featurestore import PartExistsError, part_exists, publish
 from featurestore.objects import open_objects
 from featurestore.writer import read_root
 from pipeline.capture import CLOSE_SECONDS, BlockResult, Capture, EngineSettings
-from pipeline.prompts import Document, Prompts, load_prompts, write_rejects
+from pipeline.prompts import Document, NoConversationsError, Prompts, load_prompts, write_rejects
 
 __all__ = ["Block", "DumpPlan", "blocks", "contract", "plan", "run"]
 
@@ -203,7 +205,11 @@ def plan(config: RunConfig) -> DumpPlan:
     for name, path in (("prompts.path", config.prompts.path), ("target.path", config.target.path)):
         if path is None or not path.exists():
             return DumpPlan(**vars(empty) | {"missing": f"{name} ({path}) is not on this machine"})
-    prompts = load_prompts(config.prompts, config.target.path, config.run.seed)
+    Checkpoint(config.target.path).mtp_names()  # states of a target without the layer are of no use
+    try:
+        prompts = load_prompts(config.prompts, config.target.path, config.run.seed)
+    except NoConversationsError as error:  # raised again by the run, once the rejects are written
+        return DumpPlan(**vars(empty) | {"missing": error.message})
     found = blocks(config, prompts)
     objects = open_objects(config.store_path)
     done = {b.name for b in found if part_exists(objects, b.name)}
@@ -221,25 +227,6 @@ def plan(config: RunConfig) -> DumpPlan:
         view=view,
         store=config.store_path,
     )
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold a file for as long as this process lives.
-
-    Raises:
-        ConfigError: another process holds it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(
-                f"another dump with the same dump.worker runs in {path.parent}",
-                "wait for it, or give each machine its own dump.worker = 'k/n'",
-            ) from None
-        yield
 
 
 def _settings(config: RunConfig, prompts: Prompts, agreed: dict[str, Any], view: str) -> EngineSettings:
@@ -275,8 +262,13 @@ def _probe(capture: Capture, path: Path, agreed: dict[str, Any], ids: np.ndarray
     key = sha256_json({k: v for k, v in agreed.items() if k != "target"} | {"ids": ids.tolist()})
     now = capture.probe(ids)
     if path.exists():
-        with np.load(path) as saved:
-            first, same = saved["states"], str(saved["key"]) == key
+        try:
+            with np.load(path) as saved:
+                first, same = saved["states"], str(saved["key"]) == key
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise InputError(
+                f"{path} is damaged: {error}", "remove it: the next start measures it again"
+            ) from None
         if same:
             check_probe(now, first, capture.settings.log)
             return
@@ -329,12 +321,16 @@ def run(config: RunConfig) -> dict[str, Any]:
     target = target_config(config.target.path)
     assert config.target.path is not None
     view = _view(config, target)
-    prompts = load_prompts(config.prompts, config.target.path, config.run.seed)
-    write_rejects(config.run.dir / "rejects.jsonl", prompts.rejects)
+    rejects = config.run.dir / "rejects.jsonl"
+    try:
+        prompts = load_prompts(config.prompts, config.target.path, config.run.seed)
+    except NoConversationsError as error:
+        write_rejects(rejects, error.rejects)
+        raise
+    write_rejects(rejects, prompts.rejects)
     if prompts.rejects:
         first = prompts.rejects[0]
-        file = config.run.dir / "rejects.jsonl"
-        count = f"{len(prompts.rejects):,} conversations rejected, see {file}"
+        count = f"{len(prompts.rejects):,} conversations rejected, see {rejects}"
         log("dump", f"{count}; the first: line {first.line}: {first.reason}")
     agreed = contract(config, prompts, view).model_dump(mode="json")
     objects = open_objects(config.store_path)
@@ -349,7 +345,9 @@ def run(config: RunConfig) -> dict[str, Any]:
         log("dump", f"{len(mine) - len(todo):,} of {len(mine):,} blocks are committed already: kept")
     captured = {"tokens": 0, "start": 0.0}
     if todo:
-        with _lock(config.run.dir / f"dump.{config.dump.worker.replace('/', '-of-')}.lock"):
+        lock = config.run.dir / f"dump.{config.dump.worker.replace('/', '-of-')}.lock"
+        hint = "wait for it, or give each machine its own dump.worker = 'k/n'"
+        with hold(lock, "another dump with the same dump.worker", hint):
             _remove_leftovers(objects, {b.name for b in todo})
             if config.dump.ray:
                 _run_ray(config, todo, captured)

@@ -33,6 +33,7 @@ from configs.schema import PromptsConfig
 __all__ = [
     "Conversation",
     "Document",
+    "NoConversationsError",
     "Prompts",
     "Reject",
     "Renderer",
@@ -136,6 +137,8 @@ def _check(record: Any, answers: str) -> tuple[tuple[dict[str, str], ...], bool]
             raise ValueError(f"the content of message {i} is a {type(content).__name__}, expected text")
         if not content.strip():
             raise ValueError(f"message {i} ({role}) is empty")
+        if any("\ud800" <= c <= "\udfff" for c in content):
+            raise ValueError(f"message {i} ({role}) holds half of a surrogate pair, which is no text")
         messages.append({"role": role, "content": content})
     first = 1 if messages[0]["role"] == "system" else 0
     for i, message in enumerate(messages[first:]):
@@ -182,8 +185,9 @@ def read_conversations(
                 continue
             name = ""
             try:
-                record = json.loads(data.decode("utf-8"))
+                record = json.loads(data.decode("utf-8-sig" if number == 1 else "utf-8"))
                 name = str(record.get("id", "")) if isinstance(record, dict) else ""
+                name = name.encode(errors="replace").decode()
                 messages, thinking = _check(record, answers)
             except UnicodeDecodeError as error:
                 yield Reject(str(path), number, name, f"not UTF-8: byte {error.start} of the line")
@@ -353,7 +357,8 @@ def load_prompts(config: PromptsConfig, target: Path, seed: int) -> Prompts:
     one process gives the same object.
 
     Raises:
-        InputError: no path, no such file, nothing usable in it, or no tokenizer at the target.
+        InputError: no path, no such file, or no tokenizer at the target.
+        NoConversationsError: nothing in the file is usable.
     """
     if config.path is None:
         raise InputError("prompts.path is not set", "set it to a JSONL file of conversations")
@@ -405,13 +410,9 @@ def _load(config: PromptsConfig, target: Path, seed: int, _state: tuple[int, int
         if len(batch) == BATCH:
             flush()
     flush()
-    if not documents:
-        first = f"; the first: line {rejects[0].line}: {rejects[0].reason}" if rejects else ""
-        raise InputError(
-            f"{config.path} holds no usable conversation ({len(rejects)} rejected{first})",
-            'expected lines like {"messages": [{"role": "user", "content": "..."}, ...]}',
-        )
     rejects.sort(key=lambda r: r.line)
+    if not documents:
+        raise NoConversationsError(config.path, rejects)
     return Prompts(
         tuple(documents),
         tuple(rejects),
@@ -452,6 +453,18 @@ def _document(
         line=conversation.line,
         source=Path(file).name,
     )
+
+
+class NoConversationsError(InputError):
+    """Every line of the input is rejected; `rejects` says why."""
+
+    def __init__(self, path: Path, rejects: Sequence[Reject]) -> None:
+        first = f"; the first: line {rejects[0].line}: {rejects[0].reason}" if rejects else ""
+        super().__init__(
+            f"{path} holds no usable conversation ({len(rejects)} rejected{first})",
+            'expected lines like {"messages": [{"role": "user", "content": "..."}, ...]}',
+        )
+        self.rejects = tuple(rejects)
 
 
 def write_rejects(path: Path, rejects: Sequence[Reject]) -> None:

@@ -132,8 +132,21 @@ def write(run: Path) -> Path:
     """Write `RUN/report.html` from what the run directory holds so far.
 
     Raises:
-        InputError: the directory is missing, or nothing in it was made by this program.
+        InputError: the directory is missing, nothing in it was made by this program, or a file is damaged.
     """
+    try:
+        return _write(run)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        names = "summary.json, verify.json, evaluate.*.json or metrics.jsonl"
+        raise InputError(
+            f"{names} in {run} is damaged: {type(error).__name__}: {error}",
+            "remove that file; the stage that wrote it writes it again",
+        ) from error
+
+
+def _write(run: Path) -> Path:
     known = ("metrics.jsonl", "verify.json", "summary.json", "evaluate.*.json", "config.*.json")
     if not any(found for pattern in known for found in run.glob(pattern)):
         raise InputError(f"{run} is not a run directory: it holds none of {', '.join(known)}", "name RUN=...")

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -425,6 +426,9 @@ def build_target(
             log("target", f"{directory} is built from the same settings and conversations: kept")
             return directory
         log("target", f"{directory} was built from other settings or conversations: building it again")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent):
+        pass  # where nothing can be written that shows now, not after the training
     conversations = read_conversations(tiny.conversations)
     tokenizer = train_tokenizer(conversations, tiny.vocab_size)
     conversations = [c for line, c in enumerate(conversations, 1) if line not in unseen]

@@ -54,7 +54,23 @@ def test_wrong_usage_and_input(capsys, tmp_path, monkeypatch, words, code, said)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("verb", ["dump", "train", "export"])
+def test_make_passes_run_directories_of_any_name():
+    command = ["make", "-n", "train", "report", "RUN=runs/a b", "DEVICE=cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert """'run.dir="runs/a b"'""" in done.stdout
+    assert 'report "runs/a b"' in done.stdout
+
+
+@pytest.mark.parametrize("name", ["verify.json", "evaluate.best.json", "summary.json"])
+@pytest.mark.parametrize("text", ["{", "[1]", '{"before": 1, "after": 2}'])
+def test_a_damaged_result_is_named_in_the_report(capsys, tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    code, _, err = run(capsys, "report", str(tmp_path))
+    assert code == 3
+    assert name.split(".")[0] in err
+
+
+@pytest.mark.parametrize("verb", ["dump", "train", "export", "evaluate"])
 def test_dry_run_of_the_real_configuration_needs_no_model(verb, tmp_path):
     """On a machine that has neither the checkpoint nor the conversations."""
     conversations = tmp_path / "prompts.jsonl"
@@ -69,6 +85,7 @@ def test_dry_run_of_the_real_configuration_needs_no_model(verb, tmp_path):
         "dump": ["14,341 bytes a token"],
         "train": ["11,608,", "GiB", "steps"],
         "export": ["fp8"],
+        "evaluate": ["no store"],
     }[verb]
     assert all(text in done.stderr for text in said), done.stderr
     assert not (tmp_path / "run").exists()

@@ -6,6 +6,7 @@ import pytest
 
 from configs.errors import ConfigError
 from configs.load import freeze, load_config, settings
+from configs.lock import hold
 from configs.schema import OWNED, RunConfig
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
@@ -86,6 +87,31 @@ def test_missing_and_malformed_files_are_named(tmp_path):
 
 def test_every_key_has_help():
     assert [f"{section}.{key}" for section, key, _, text, _ in settings() if not text] == []
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"train": 1}'])
+def test_damaged_settings_of_a_run_are_named(tmp_path, text):
+    config = load_config([], [f"run.dir={tmp_path}"])
+    path = freeze(config, "train", ("train",))
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.train\.json"):
+        freeze(config, "train", ("train",))
+    with pytest.raises(ConfigError, match=r"config\.train\.json"):
+        load_config([path])
+
+
+def test_a_run_directory_is_held_by_one_process(tmp_path):
+    def held():
+        return hold(tmp_path / "run" / ".x.lock", "another export", "wait for it")
+
+    with (
+        held(),
+        pytest.raises(ConfigError, match=r"another export is running in .*\nhint: wait for it"),
+        held(),
+    ):
+        pass
+    with held():
+        pass
 
 
 def test_run_directory_refuses_other_settings_and_lists_them(tmp_path):

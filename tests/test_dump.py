@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from configs.files import write_json
 from configs.load import load_config
 from configs.schema import RunConfig
 from featurestore import StoreWriter, open_store
+from pipeline.cli import main
 from pipeline.dump import blocks, check_probe, contract, plan, run
 from pipeline.prompts import load_prompts
 
@@ -138,6 +140,43 @@ def test_documents_beyond_index_topk_are_refused_through_the_view(config, tiny_c
 def test_the_native_view_is_refused_without_a_gpu(config):
     with pytest.raises(ConfigError, match="no sparse attention without a GPU"):
         plan(changed(config, dump__view="native"))
+
+
+def test_rejects_are_written_even_where_nothing_is_left(config):
+    config.prompts.path.write_text('{"messages": [\n{"messages": []}\n')
+    assert "no usable conversation (2 rejected" in str(plan(config))
+    with pytest.raises(InputError, match=r"no usable conversation \(2 rejected; the first: line 1: not JSON"):
+        run(config)
+    rejects = (config.run.dir / "rejects.jsonl").read_text().splitlines()
+    assert [json.loads(line)["line"] for line in rejects] == [1, 2]
+
+
+def test_a_target_without_the_layer_is_refused_before_its_states_are_paid_for(config, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(config.target.path, bare)
+    index = bare / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    last = f"model.layers.{json.loads((bare / 'config.json').read_text())['num_hidden_layers']}."
+    content["weight_map"] = {k: v for k, v in content["weight_map"].items() if not k.startswith(last)}
+    index.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="has no MTP layer"):
+        plan(changed(config, target__path=bare))
+
+
+def test_a_refused_start_binds_nobody(config, tmp_path, capsys):
+    words = command(config, tmp_path / "run")[3:]
+    assert main([*words, f"prompts.path={tmp_path / 'absent.jsonl'}"]) == 3
+    assert "absent.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "config.dump.json").exists()
+
+
+def test_a_run_directory_that_is_none_is_one_clear_error(config, tmp_path, capsys):
+    words = command(config, tmp_path / "run")[3:]
+    (tmp_path / "file").write_text("")
+    assert main([*words, f"run.dir={tmp_path / 'file'}"]) == 1
+    said = capsys.readouterr().err
+    assert "error:" in said
+    assert "check the path" in said
 
 
 def test_missing_input_is_one_clear_error(config, tmp_path):

@@ -50,6 +50,7 @@ BAD = [
     ({"messages": [{"role": "system", "content": "x"}]}, "no message from user"),
     (talk("a", "b") | {"messages": talk("a")["messages"] * 2}, "message 2 is from user, expected assistant"),
     (talk("a", "<think>b"), "does not close"),
+    (b'{"id": "\\ud800", "messages": [{"role": "user", "content": "\\ud800"}]}', "half of a surrogate pair"),
 ]
 
 
@@ -62,6 +63,11 @@ def test_bad_line_is_rejected_with_its_place_and_the_rest_goes_on(tmp_path, line
     assert isinstance(bad, Reject)
     assert (bad.file, bad.line) == (str(path), 2)
     assert reason in bad.reason
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path):
+    path = write(tmp_path / "c.jsonl", b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), GOOD)
+    assert [type(x) for x in read_conversations(path)] == [Conversation, Conversation]
 
 
 def test_rejects_are_written_as_jsonl(tmp_path):

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -224,7 +225,7 @@ def load(engine: Any, saved: Saved) -> None:
 def _load(engine: Any, folder: Path, name: str) -> None:
     try:
         path, _ = engine.load_checkpoint(str(folder), tag=name)
-    except (RuntimeError, KeyError, AssertionError, OSError, ValueError) as error:
+    except (RuntimeError, KeyError, AssertionError, OSError, EOFError, ValueError, UnpicklingError) as error:
         raise InputError(
             f"{folder} does not fit this run: {error}", "remove the checkpoint to go on from the one before"
         ) from error

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from configs import checkpoints
 from configs.contract import Target, norm_and_head_sha256, require_same, target_contract
-from configs.errors import ConfigError, ContractError
+from configs.errors import ConfigError, ContractError, StoreNotFoundError
 from configs.files import write_json
 from configs.progress import log, task
 from configs.schema import RunConfig
@@ -300,7 +300,10 @@ def _required_target(config: RunConfig) -> Path:
 
 def plan(config: RunConfig) -> str:
     """One line: what `layer61 evaluate` will measure."""
-    store = open_store(config.train_store_path)
+    try:
+        store = open_store(config.train_store_path)
+    except StoreNotFoundError:
+        return f"acceptance of a checkpoint; there is no store at {config.train_store_path} yet"
     documents = held_out(store, config.evaluate.max_documents)
     tokens = int(store.n_loss[documents].sum())
     return (

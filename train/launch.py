@@ -1,5 +1,6 @@
 """Starting training: this process alone, one rank of a launcher's, or ranks of our own on this machine."""
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -16,6 +17,7 @@ from configs import errors
 from configs.errors import Layer61Error
 from configs.files import read_json, write_json
 from configs.load import load_config
+from configs.lock import hold
 from configs.schema import RunConfig
 from train.plan import plan
 
@@ -58,8 +60,13 @@ def run(config: RunConfig) -> dict[str, Any] | None:
 
 def _run_ranks(config: RunConfig) -> dict[str, Any]:
     ranks = config.train.ranks
-    folder = config.run.dir / ".ranks"
-    folder.mkdir(parents=True, exist_ok=True)
+    hint = "wait for it, or choose another run.dir"
+    with hold(config.run.dir / ".launch.lock", "another training", hint):
+        return _run_all(config, ranks, config.run.dir / ".ranks")
+
+
+def _run_all(config: RunConfig, ranks: int, folder: Path) -> dict[str, Any]:
+    folder.mkdir(exist_ok=True)
     for old in folder.iterdir():
         old.unlink()
     write_json(folder / "config.json", config.model_dump(mode="json"))
@@ -96,8 +103,7 @@ def _run_ranks(config: RunConfig) -> dict[str, Any]:
     if caught and {code for _, code in failed} <= {128 + caught[0]}:
         signal.raise_signal(caught[0])
     if failed:
-        rank, code = failed[0]
-        raise _explain(folder / f"error.{rank}.json", rank, code)
+        raise _explain(folder, failed)
     return read_json(folder / "result.json")
 
 
@@ -129,13 +135,17 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> list[tuple[int, int]]:
     return ended
 
 
-def _explain(path: Path, rank: int, code: int) -> Layer61Error:
-    try:
-        found = read_json(path)
-        kind = getattr(errors, found["kind"], Layer61Error)
-        return kind(found["message"], found["hint"])
-    except (OSError, ValueError, KeyError):
-        how = f"was killed by signal {code - 128}" if code > 128 else f"ended with exit code {code}"
+def _explain(folder: Path, failed: list[tuple[int, int]]) -> Layer61Error:
+    """What a rank found wrong, or else how the first one ended, after its traceback."""
+    for rank, _ in failed:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            found = read_json(folder / f"error.{rank}.json")
+            return getattr(errors, found["kind"], Layer61Error)(found["message"], found["hint"])
+    rank, code = failed[0]
+    trace = folder / f"error.{rank}.txt"
+    if trace.exists():
+        sys.stderr.write(trace.read_text())
+    how = f"was killed by signal {code - 128}" if code > 128 else f"ended with exit code {code}"
     return Layer61Error(f"rank {rank} {how}", "the same command continues from the last checkpoint")
 
 
@@ -164,7 +174,8 @@ def main(folder: Path) -> int:
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except Exception:
-        traceback.print_exc()
+        # shown only if no rank knows better: most often another one is gone, and this one was waiting for it
+        (folder / f"error.{rank}.txt").write_text(traceback.format_exc())
         code = 1
     else:
         if rank == 0:

@@ -4,7 +4,6 @@ Legend: S draft steps, M predicted tokens.
 """
 
 import contextlib
-import fcntl
 import json
 import math
 import resource
@@ -21,6 +20,7 @@ from torch import Tensor
 from configs.checkpoints import directory
 from configs.errors import ConfigError, ContractError, InputError, Layer61Error
 from configs.files import atomic_write
+from configs.lock import hold
 from configs.progress import Task, log, task
 from configs.schema import RunConfig, TrainConfig
 from export.checkpoint import Checkpoint
@@ -65,25 +65,14 @@ def _alone_in(run_dir: Path, first: bool) -> Iterator[None]:
     """Hold the run directory: two trainings in one would overwrite each other's checkpoints.
 
     Raises:
-        Layer61Error: another training runs there.
+        ConfigError: another training runs there.
     """
     if not first:
         yield
         return
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / ".train.lock", "a") as f:
-        # ranks of a run that was killed a moment ago may still be on their way out
-        deadline = time.monotonic() + 10
-        while True:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise Layer61Error(
-                        f"another training is running in {run_dir}", "wait for it, or choose another run.dir"
-                    ) from None
-                time.sleep(0.2)
+    # ranks of a run that was killed a moment ago may still be on their way out
+    hint = "wait for it, or choose another run.dir"
+    with hold(run_dir / ".train.lock", "another training", hint, patience_s=10):
         yield
 
 
@@ -217,7 +206,7 @@ def _train(config: RunConfig, rank: int, world: int, caught: list[int]) -> dict[
             )
         loader.load_state_dict(saved.meta["loader"])
     done, total = _steps_left(config, loader, saved)
-    metrics = _Metrics(config.run.dir / "metrics.jsonl", done, first)
+    metrics = _Metrics(config.run.dir / "metrics.jsonl", done if saved else -1, first)
 
     # the layer, partitioned from the first byte on
     ds_config = zero.deepspeed_config(
