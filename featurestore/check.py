@@ -90,8 +90,10 @@ def verify(
     rows = _index_rows(objects, manifest, report) if manifest else {}
     markers: dict[str, str | None] = {}
     if not isinstance(store, FeatureStore):
-        markers = _markers(objects, entries, report)
-        entries += _unpublished(objects, entries, manifest, report)
+        unnamed: list[str] = []
+        committed = committed_parts(objects, bad=unnamed)
+        markers = _markers(entries, committed, unnamed, report)
+        entries += _unpublished(objects, entries, committed, manifest, report)
     threads = threads or os.cpu_count() or 1
     with task("verify", sum(e["bytes"] for e in entries)) as progress, ThreadPoolExecutor(threads) as pool:
         checks = [
@@ -161,18 +163,16 @@ def _index_rows(
     }
 
 
-def _markers(objects: Objects, entries: list[dict[str, Any]], report: Report) -> dict[str, str | None]:
+def _markers(
+    entries: list[dict[str, Any]], committed: dict[str, str], unnamed: list[str], report: Report
+) -> dict[str, str | None]:
     """What `commits/<name>` ought to hold where it does not, by part name; None where it names no part.
 
     Only object stores have them: where a directory can be renamed, its name is the commit.
     """
-    wrong: dict[str, str | None] = {}
-    unnamed: list[str] = []
-    found = committed_parts(objects, bad=unnamed)
-    for entry in entries:
-        if "." in entry["path"] and found.get(entry["name"]) != entry["path"]:
-            wrong[entry["name"]] = entry["path"]
-    wrong |= {name: None for name in unnamed if name not in wrong}
+    named = {e["name"]: e["path"] for e in entries if "." in e["path"]}
+    wrong: dict[str, str | None] = dict.fromkeys(unnamed)
+    wrong |= {name: path for name, path in named.items() if committed.get(name) != path}
     for name, path in wrong.items():
         text = f"does not name {path}" if path else "does not name a part"
         report.problems.append(Problem("", f"commits/{name}", text))
@@ -180,11 +180,17 @@ def _markers(objects: Objects, entries: list[dict[str, Any]], report: Report) ->
 
 
 def _unpublished(
-    objects: Objects, entries: list[dict[str, Any]], manifest: dict[str, Any] | None, report: Report
+    objects: Objects,
+    entries: list[dict[str, Any]],
+    committed: dict[str, str],
+    manifest: dict[str, Any] | None,
+    report: Report,
 ) -> list[dict[str, Any]]:
     known = {e["name"] for e in entries} | set(manifest["dropped"] if manifest else ())
     found = []
-    for name, path in committed_parts(objects, list(known), bad=[]).items():
+    for name, path in committed.items():
+        if name in known:
+            continue
         try:
             found.append(part_entry(objects, name, path)[0])
         except StoreVersionError:

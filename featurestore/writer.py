@@ -349,7 +349,6 @@ class StoreWriter:
         if self._staging is None:
             if self.exact is None:
                 return None
-            self._name = self.exact
             self._staging = f"parts/{self._name}.{os.urandom(4).hex()}"
         try:
             self._write_metadata(self._staging)
@@ -409,12 +408,13 @@ class StoreWriter:
             "sample_uid": np.fromiter(self._uids, "<u8", documents),
             "chunk_crc32c": np.array(table, "<u4"),
         }.items():
-            if documents:
-                data = values.tobytes()
-                crc = crc32c(data)
-                data += crc.to_bytes(CRC_BYTES, "little")
-                small[object_path(array)] = data
-                objects[object_path(array)] = {"bytes": len(data), "crc32c": f"{crc:08x}"}
+            if array not in arrays:  # a part without documents has none
+                continue
+            data = values.tobytes()
+            crc = crc32c(data)
+            data += crc.to_bytes(CRC_BYTES, "little")
+            small[object_path(array)] = data
+            objects[object_path(array)] = {"bytes": len(data), "crc32c": f"{crc:08x}"}
         for array, metadata in arrays.items():
             text = dump_json(metadata)
             small[f"{array}/zarr.json"] = text

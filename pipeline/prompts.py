@@ -137,8 +137,12 @@ def _check(record: Any, answers: str) -> tuple[tuple[dict[str, str], ...], bool]
             raise ValueError(f"the content of message {i} is a {type(content).__name__}, expected text")
         if not content.strip():
             raise ValueError(f"message {i} ({role}) is empty")
-        if any("\ud800" <= c <= "\udfff" for c in content):
-            raise ValueError(f"message {i} ({role}) holds half of a surrogate pair, which is no text")
+        try:
+            content.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"message {i} ({role}) holds half of a surrogate pair, which is no text"
+            ) from None
         messages.append({"role": role, "content": content})
     first = 1 if messages[0]["role"] == "system" else 0
     for i, message in enumerate(messages[first:]):

@@ -60,20 +60,17 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def _alone_in(run_dir: Path, first: bool) -> Iterator[None]:
+def _alone_in(run_dir: Path, first: bool) -> contextlib.AbstractContextManager[None]:
     """Hold the run directory: two trainings in one would overwrite each other's checkpoints.
 
     Raises:
         ConfigError: another training runs there.
     """
     if not first:
-        yield
-        return
+        return contextlib.nullcontext()
     # ranks of a run that was killed a moment ago may still be on their way out
     hint = "wait for it, or choose another run.dir"
-    with hold(run_dir / ".train.lock", "another training", hint, patience_s=10):
-        yield
+    return hold(run_dir / ".train.lock", "another training", hint, patience_s=10)
 
 
 def learning_rate(train: TrainConfig, step: int, total: int) -> float:

@@ -336,11 +336,7 @@ def launch_tiles(
         E=E,
         D=D,
         F=F,
-        DESCRIPTORS=tile.descriptors,
-        BM=tile.m,
-        BN=tile.n,
-        BK=tile.k,
-        GROUP=tile.group,
+        **tile.constants,
     )
 
 
@@ -469,11 +465,7 @@ def backward(
             offsets=offsets,
             D=D,
             F=F,
-            DESCRIPTORS=tile.descriptors,
-            BM=tile.m,
-            BN=tile.n,
-            BK=tile.k,
-            GROUP=tile.group,
+            **tile.constants,
             TRANSPOSED=like is w2,
             ACCUMULATE=main is not None,
         )

@@ -30,6 +30,17 @@ class Tile(NamedTuple):
     descriptors: bool = True
     """Whether matrices are read through tensor descriptors: TMA, where the hardware has it."""
 
+    @property
+    def constants(self) -> dict[str, int]:
+        """Compile-time arguments that every kernel over matrices takes."""
+        return {
+            "DESCRIPTORS": self.descriptors,
+            "BM": self.m,
+            "BN": self.n,
+            "BK": self.k,
+            "GROUP": self.group,
+        }
+
 
 TABLE: dict[tuple[str, str, str], dict[str, Tile]] = {
     ("interpreter", "any", "any"): {
