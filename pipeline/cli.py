@@ -144,9 +144,9 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from pipeline import serve
+    from pipeline import verify
 
-    return _stage(args, ("target", "prompts"), serve.plan, serve.run)
+    return _stage(args, ("target", "prompts"), verify.plan, verify.run)
 
 
 def _demo(args: argparse.Namespace) -> int:

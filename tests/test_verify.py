@@ -17,7 +17,7 @@ from export import nextn
 from export.checkpoint import Checkpoint
 from export.keymap import DROPPED
 from pipeline.greedy import compare, noise
-from pipeline.serve import plan, run, verify
+from pipeline.verify import plan, run, verify
 from pipeline.view import make_view
 
 NUM_SPECULATIVE_TOKENS = 3
