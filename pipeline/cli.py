@@ -70,7 +70,7 @@ def _say(stage: str, lines: str) -> None:
 
 
 def _target(args: argparse.Namespace) -> int:
-    from pipeline import target
+    from pipeline.tiny import target
 
     config = load_config(args.config, args.overrides)
     directory = args.directory or config.target.path

@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoTokenizer, DeepseekV3ForCausalLM, Deeps
 from configs.errors import InputError
 from configs.files import read_json
 from configs.schema import TinyConfig
-from pipeline.backbone import load_backbone
-from pipeline.target import build_target, checkpoint_shapes, dry_run, random_checkpoint, target_config
-from pipeline.tokenizer import SPECIAL_TOKENS, read_conversations, train_tokenizer
+from pipeline.tiny.backbone import load_backbone
+from pipeline.tiny.target import build_target, checkpoint_shapes, dry_run, random_checkpoint, target_config
+from pipeline.tiny.tokenizer import SPECIAL_TOKENS, read_conversations, train_tokenizer
 
 # config.json of the released DeepSeek-V3.2, sizes that define the shapes of its tensors
 RELEASED = {
