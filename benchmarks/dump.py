@@ -23,7 +23,8 @@ from rich.table import Table
 from configs.provenance import versions
 from configs.schema import PromptsConfig, RunConfig, TinyConfig
 from configs.target import target_config
-from pipeline.capture import ENVIRONMENT, Capture, EngineSettings
+from pipeline.capture.engine import EngineSettings
+from pipeline.capture.process import ENVIRONMENT, Capture
 from pipeline.dump import contract
 from pipeline.prompts import Document, load_prompts
 from pipeline.view import make_view

@@ -1,4 +1,10 @@
-"""The exception tree. Every message says what was found, what was expected and what to do next."""
+"""The exception tree, and how an exception passes between processes.
+
+Every message says what was found, what was expected and what to do next.
+"""
+
+import traceback
+from typing import Any
 
 __all__ = [
     "CaptureError",
@@ -6,10 +12,13 @@ __all__ = [
     "ContractError",
     "InputError",
     "Layer61Error",
+    "PartExistsError",
     "StoreCorruptError",
     "StoreError",
     "StoreNotFoundError",
     "StoreVersionError",
+    "describe",
+    "revive",
 ]
 
 
@@ -66,5 +75,30 @@ class StoreCorruptError(StoreError, OSError):
     """An object of the store is missing, short, or fails its checksum."""
 
 
+class PartExistsError(StoreError, FileExistsError):
+    """A part of that name is committed already; a part is never written twice."""
+
+
 class CaptureError(Layer61Error):
     """The engine returned something other than one finite state for each token sent."""
+
+
+def describe(error: BaseException) -> dict[str, Any]:
+    """An exception as plain data: `type`, `message`, `hint`, and a `trace` if it is not one of ours."""
+    if isinstance(error, Layer61Error):
+        return {"type": type(error).__name__, "message": error.message, "hint": error.hint, "trace": ""}
+    trace = "".join(traceback.format_exception(error))
+    return {
+        "type": type(error).__name__,
+        "message": f"{type(error).__name__}: {error}",
+        "hint": None,
+        "trace": trace,
+    }
+
+
+def revive(described: dict[str, Any], otherwise: type[Layer61Error] = Layer61Error) -> Layer61Error:
+    """The exception that `describe` was given; one that is not ours becomes `otherwise`, with its trace."""
+    kind = globals().get(described["type"])
+    if isinstance(kind, type) and issubclass(kind, Layer61Error):
+        return kind(described["message"], described["hint"])
+    return otherwise(f"{described['message']}\n{described['trace']}".strip())

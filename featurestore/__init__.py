@@ -1,7 +1,6 @@
 """The feature store, format 1: ragged bf16 hidden states in immutable Zarr v3 parts."""
 
 from featurestore.check import Problem, Report, render_report, verify
-from featurestore.layout import PartExistsError
 from featurestore.loader import Batch, Loader
 from featurestore.manifest import collect, drop, merge, publish, rebuild
 from featurestore.order import steps_per_epoch
@@ -14,7 +13,6 @@ __all__ = [
     "Document",
     "FeatureStore",
     "Loader",
-    "PartExistsError",
     "Problem",
     "Report",
     "StoreWriter",

@@ -18,7 +18,6 @@ __all__ = [
     "INDEX_FIELDS",
     "SCHEMA",
     "TOKEN_CHUNK",
-    "PartExistsError",
     "array_checksum",
     "array_metadata",
     "check_name",
@@ -59,10 +58,6 @@ INDEX_FIELDS = (
 )
 
 VERIFY_HINT = "run `layer61 store verify {}` for a full list; with --repair bad parts are taken out"
-
-
-class PartExistsError(StoreError, FileExistsError):
-    """A part of that name is committed already; a part is never written twice."""
 
 
 def check_name(name: str, what: str) -> str:

@@ -21,13 +21,12 @@ import torch
 from awscrt.checksums import crc32c
 
 from configs.contract import require_same
-from configs.errors import InputError, StoreCorruptError, StoreError, StoreNotFoundError
+from configs.errors import InputError, PartExistsError, StoreCorruptError, StoreError, StoreNotFoundError
 from featurestore.layout import (
     CRC_BYTES,
     SCHEMA,
     TOKEN_CHUNK,
     VERIFY_HINT,
-    PartExistsError,
     check_name,
     chunk_stride,
     dump_json,

@@ -26,17 +26,18 @@ from configs.contract import (
     require_same,
     target_contract,
 )
-from configs.errors import CaptureError, ConfigError, InputError
+from configs.errors import CaptureError, ConfigError, InputError, PartExistsError
 from configs.files import atomic_write, sha256_json
 from configs.lock import hold
 from configs.progress import log, task
 from configs.schema import RunConfig
 from configs.target import target_config
 from export.checkpoint import Checkpoint
-from featurestore import PartExistsError, part_exists, publish
+from featurestore import part_exists, publish
 from featurestore.objects import open_objects
 from featurestore.writer import read_root
-from pipeline.capture import CLOSE_SECONDS, BlockResult, Capture, EngineSettings
+from pipeline.capture.engine import BlockResult, EngineSettings
+from pipeline.capture.process import CLOSE_SECONDS, Capture
 from pipeline.prompts import Document, NoConversationsError, Prompts, load_prompts, write_rejects
 
 __all__ = ["Block", "DumpPlan", "blocks", "contract", "plan", "run"]

@@ -19,10 +19,12 @@ from safetensors.torch import load_file, save_file
 from configs.errors import CaptureError
 from configs.schema import PromptsConfig
 from featurestore import open_store, part_exists, publish
-from pipeline.capture import ENVIRONMENT, Capture, Engine, EngineSettings
+from pipeline.capture.engine import EngineSettings
+from pipeline.capture.plugin import CAPTURE_VARIABLE
+from pipeline.capture.process import ENVIRONMENT, Capture
+from pipeline.capture.vllm_engine import Engine
 from pipeline.prompts import Document, load_prompts
 from pipeline.view import make_view
-from pipeline.vllm_plugin import CAPTURE_VARIABLE
 
 LENGTH = 256
 ANSWER = 24
@@ -292,9 +294,9 @@ def test_other_tokens_than_those_sent_stop_the_block(bfloat16):
 
 def test_the_plugin_is_found_and_does_nothing_unless_a_capture_asks():
     (entry,) = [e for e in entry_points(group="vllm.general_plugins") if e.name == "layer61"]
-    assert entry.value == "pipeline.vllm_plugin:register"
+    assert entry.value == "pipeline.capture.plugin:register"
     code = (
-        "import sys; from pipeline.vllm_plugin import register; register(); assert 'vllm' not in sys.modules"
+        "import sys; from pipeline.capture import plugin; plugin.register(); assert 'vllm' not in sys.modules"
     )
     environment = {k: v for k, v in os.environ.items() if k != CAPTURE_VARIABLE}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)

@@ -16,7 +16,7 @@ import pytest
         ("pipeline.cli", {"torch", "vllm", "deepspeed", "zarr", "transformers"}),
         ("featurestore", {"vllm", "deepspeed", "transformers", "train", "export", "pipeline"}),
         ("train.model, train.unroll, train.trainer, train.evaluate, train.launch", {"vllm", "pipeline"}),
-        ("pipeline.capture, pipeline.dump, pipeline.vllm_plugin", {"deepspeed", "train"}),
+        ("pipeline.capture.process, pipeline.dump, pipeline.capture.plugin", {"deepspeed", "train"}),
         (
             "export.nextn, export.fp8, export.keymap",
             {"vllm", "deepspeed", "train", "pipeline", "featurestore"},

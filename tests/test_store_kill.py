@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import featurestore
-from featurestore import PartExistsError, StoreWriter, open_store, part_exists, publish
+from configs.errors import PartExistsError
+from featurestore import StoreWriter, open_store, part_exists, publish
 from tests.documents import CONTRACT, append, assert_same, make
 
 BLOCKS = 150

@@ -11,8 +11,8 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 import featurestore
-from configs.errors import ContractError, StoreCorruptError, StoreError, StoreNotFoundError
-from featurestore import Loader, PartExistsError, StoreWriter, objects, open_store, part_exists, publish
+from configs.errors import ContractError, PartExistsError, StoreCorruptError, StoreError, StoreNotFoundError
+from featurestore import Loader, StoreWriter, objects, open_store, part_exists, publish
 from tests.documents import CONTRACT, append, assert_same, make, write
 
 MADE = [make(uid, length, 2, 64) for uid, length in enumerate([1, 130, 64, 7, 200])]

@@ -12,8 +12,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import featurestore
-from configs.errors import ContractError, InputError, StoreError, StoreNotFoundError, StoreVersionError
-from featurestore import PartExistsError, StoreWriter, open_store, part_exists, publish
+from configs.errors import (
+    ContractError,
+    InputError,
+    PartExistsError,
+    StoreError,
+    StoreNotFoundError,
+    StoreVersionError,
+)
+from featurestore import StoreWriter, open_store, part_exists, publish
 from featurestore.layout import dump_json, group_metadata
 from featurestore.manifest import read_index
 from tests.documents import CONTRACT, append, assert_same, make, write

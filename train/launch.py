@@ -8,13 +8,11 @@ import socket
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from configs import errors
-from configs.errors import Layer61Error
+from configs.errors import Layer61Error, describe, revive
 from configs.files import read_json, write_json
 from configs.load import load_config
 from configs.lock import hold
@@ -137,14 +135,17 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> list[tuple[int, int]]:
 
 def _explain(folder: Path, failed: list[tuple[int, int]]) -> Layer61Error:
     """What a rank found wrong, or else how the first one ended, after its traceback."""
+    described = []
     for rank, _ in failed:
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            found = read_json(folder / f"error.{rank}.json")
-            return getattr(errors, found["kind"], Layer61Error)(found["message"], found["hint"])
+        with contextlib.suppress(OSError, ValueError):
+            described.append(read_json(folder / f"error.{rank}.json"))
+    # a rank that does not know better is most often waiting for another one that is gone
+    known = next((found for found in described if not found["trace"]), None)
+    if known:
+        return revive(known)
     rank, code = failed[0]
-    trace = folder / f"error.{rank}.txt"
-    if trace.exists():
-        sys.stderr.write(trace.read_text())
+    if described:
+        sys.stderr.write(described[0]["trace"])
     how = f"was killed by signal {code - 128}" if code > 128 else f"ended with exit code {code}"
     return Layer61Error(f"rank {rank} {how}", "the same command continues from the last checkpoint")
 
@@ -165,18 +166,13 @@ def main(folder: Path) -> int:
 
     try:
         result = train(load_config([folder / "config.json"]))
-    except Layer61Error as error:
-        found = {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
-        write_json(folder / f"error.{rank}.json", found)
-        code = error.exit_code
     except Stopped as stopped:
         code = 128 + stopped.number
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
-    except Exception:
-        # shown only if no rank knows better: most often another one is gone, and this one was waiting for it
-        (folder / f"error.{rank}.txt").write_text(traceback.format_exc())
-        code = 1
+    except Exception as error:
+        write_json(folder / f"error.{rank}.json", describe(error))
+        code = error.exit_code if isinstance(error, Layer61Error) else 1
     else:
         if rank == 0:
             write_json(folder / "result.json", result)

@@ -26,8 +26,8 @@ from configs.errors import InputError
 from configs.files import read_json, sha256_file, sha256_json, write_json
 from configs.progress import log, task
 from configs.schema import PromptsConfig, TinyConfig
-from pipeline.tiny.backbone import Backbone
 from pipeline.prompts import held_out_lines
+from pipeline.tiny.backbone import Backbone
 from pipeline.tiny.tokenizer import read_conversations, train_tokenizer
 from train.model import Dims, Gate
 

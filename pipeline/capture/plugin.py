@@ -7,7 +7,7 @@ import os
 
 __all__ = ["CAPTURE_VARIABLE", "register"]
 
-# set by pipeline.capture before it starts an engine; worker processes inherit it
+# set by pipeline.capture.process before it starts an engine; worker processes inherit it
 CAPTURE_VARIABLE = "LAYER61_CAPTURE"
 
 
@@ -19,4 +19,4 @@ def register() -> None:
 
     for architecture in ("DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM"):
         # by name: importing the class here would initialise a device in the wrong process
-        ModelRegistry.register_model(architecture, f"pipeline.post_norm:PostNorm{architecture}")
+        ModelRegistry.register_model(architecture, f"pipeline.capture.model:PostNorm{architecture}")
