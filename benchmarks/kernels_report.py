@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
-from train.kernels.aot import SHARED_LIMIT, Reading, compile_call, loss_calls, moe_calls
+from benchmarks.aot import SHARED_LIMIT, Reading, compile_call, loss_calls, moe_calls
 from train.kernels.launch import Call
 
 D, F, E, K, V = 7168, 2048, 256, 8, 129280

@@ -28,8 +28,10 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 
 from configs.provenance import versions
 from configs.schema import TrainConfig
-from train.draft import Draft, Packed
-from train.model import Dims, MTPLayer
+from train.batch import Packed
+from train.dims import Dims
+from train.draft import Draft
+from train.mtp import MTPLayer
 
 DOCUMENTS, LENGTH, STEPS = 8, 256, 3
 CONFIG = {

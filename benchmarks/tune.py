@@ -21,11 +21,11 @@ import torch
 import triton.testing
 
 from benchmarks import gate
+from benchmarks.aot import SHARED_LIMIT, compile_call, loss_calls, moe_calls, operand_bytes
 from train.kernels import moe_triton, tiles
-from train.kernels.aot import SHARED_LIMIT, compile_call, loss_calls, moe_calls, operand_bytes
 from train.kernels.launch import Call, architecture, record, run, tile_for, use_tiles
 from train.kernels.loss_triton import loss_rows
-from train.kernels.moe import route
+from train.kernels.routing import route
 from train.kernels.tiles import Tile
 
 D, F, E, K, V = 7168, 2048, 256, 8, 129280

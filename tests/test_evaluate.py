@@ -16,7 +16,8 @@ from pipeline.tiny.target import random_checkpoint
 from tests.reference import Reference
 from tests.stores import write_store
 from train import evaluate
-from train.draft import Draft, pack
+from train.batch import check_lengths, held_out, pack
+from train.draft import Draft
 from train.model import load_layer
 
 DRAFTS = 3
@@ -75,7 +76,7 @@ def test_acceptance_is_that_of_a_server_played_out_serially(tiny_checkpoint, sto
     reference = Reference(tiny_checkpoint)
     state = layer.state_dict()
     reference.w |= dict(to_checkpoint(keymap(Checkpoint(tiny_checkpoint).config), state, state.__getitem__))
-    documents = evaluate.held_out(store, None)
+    documents = held_out(store, None)
     with torch.no_grad():
         rounds = [pair for i in documents for pair in serve(reference, store[i])]
     at_risk, accepted = np.zeros(DRAFTS), np.zeros(DRAFTS)
@@ -141,6 +142,6 @@ def test_what_does_not_fit_is_refused(tmp_path, tiny_checkpoint, tiny_config, co
     trained_on = write_store(tmp_path / "trained", tiny_checkpoint, lengths=[9, 9], held_out_every=100)
     only = open_store(trained_on)
     with pytest.raises(ConfigError, match="no held-out documents"):
-        evaluate.held_out(only, None)
+        held_out(only, None)
     with pytest.raises(ConfigError, match="index_topk"):
-        evaluate.check_lengths(only, 8)
+        check_lengths(only, 8)

@@ -161,6 +161,7 @@ def test_losses_are_the_plain_ones(tiny_checkpoint: Path) -> None:
 
 def test_draft_is_the_trained_layer(tiny_checkpoint: Path) -> None:
     """The joint training runs the MTP layer exactly as `train.model` does, position 0 masked."""
+    from train.blocks import DecoderLayer
     from train.model import load_layer
 
     backbone, layer = load_backbone(tiny_checkpoint), load_layer(tiny_checkpoint)
@@ -168,7 +169,8 @@ def test_draft_is_the_trained_layer(tiny_checkpoint: Path) -> None:
     with torch.no_grad():
         states = backbone.states(ids, positions, cu_seqlens)
         ours = backbone.draft(ids, states, positions, cu_seqlens)
-        theirs = layer(ids.roll(-1), states, positions, cu_seqlens, positions == 0)
+        x, _ = layer.enter(ids.roll(-1), states, positions == 0)
+        theirs = layer.leave(DecoderLayer.forward(layer, x, positions, cu_seqlens))[0]
     torch.testing.assert_close(ours, theirs)
 
 

@@ -29,7 +29,7 @@ from configs.files import atomic_write, write_json
 from configs.progress import log
 from export.checkpoint import INDEX
 from export.keymap import Op
-from train.model import MTPLayer
+from train.mtp import MTPLayer
 from train.zero import gathered
 
 __all__ = ["Saved", "clean", "load", "newest", "save"]

@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 
 from configs import checkpoints
-from configs.contract import Target, norm_and_head_sha256, require_same, target_contract
-from configs.errors import ConfigError, ContractError, StoreNotFoundError
+from configs.errors import ConfigError, StoreNotFoundError
 from configs.files import write_json
 from configs.progress import log, task
 from configs.schema import RunConfig
 from featurestore import FeatureStore, open_store
-from train.draft import Draft, Packed, pack, state_column
+from train.batch import Packed, check_contract, check_lengths, held_out, pack, state_column
+from train.draft import Draft
 from train.loss import HeadLoss
 from train.model import load_layer
 from train.unroll import Scored
 
-__all__ = ["Tally", "check_contract", "check_lengths", "held_out", "measure", "plan", "run", "tally"]
+__all__ = ["Tally", "measure", "plan", "run", "tally"]
 
 
 class Tally(NamedTuple):
@@ -166,20 +166,6 @@ def _read(store: FeatureStore, documents: np.ndarray) -> _Documents:
     )
 
 
-def held_out(store: FeatureStore, limit: int | None) -> np.ndarray:
-    """Numbers of the held-out documents to evaluate, in the order of their uid so that a limit is fair.
-
-    Raises:
-        ConfigError: the store has none.
-    """
-    documents = np.flatnonzero(store.held_out)
-    if not len(documents):
-        raise ConfigError(
-            f"{store.url} has no held-out documents to evaluate on", "dump with prompts.held_out above 0"
-        )
-    return documents[np.argsort(store.uid[documents], kind="stable")][:limit]
-
-
 def measure(
     forward: Callable[[Packed, Scored, Tensor], HeadLoss],
     store: FeatureStore,
@@ -238,46 +224,6 @@ def measure(
         ends = np.cumsum([len(x) for x in counts])[:-1]
         counts = Tally(*np.split(flat.cpu().numpy(), ends))
     return counts.result()
-
-
-def check_contract(store: FeatureStore, directory: Path) -> Target:
-    """Check that a store was dumped from a target, as far as the target's files can say.
-
-    Raises:
-        ContractError: names every field that differs.
-        InputError: the target is incomplete.
-    """
-    target = target_contract(directory)
-    found = store.contract
-    what = f"store {store.url} and target {directory}"
-    hint = "set target.path to the checkpoint the store was dumped from, or dump again"
-    require_same(
-        {"target": found["target"], "norm_and_head_sha256": found["norm_and_head_sha256"]},
-        {
-            "target": target.model_dump(mode="json"),
-            "norm_and_head_sha256": norm_and_head_sha256(directory),
-        },
-        what,
-        hint=hint,
-    )
-    if store.hidden_size != target.hidden_size:
-        raise ContractError(f"{what} do not belong together: states of {store.hidden_size} numbers", hint)
-    return target
-
-
-def check_lengths(store: FeatureStore, index_topk: int) -> None:
-    """Refuse documents for which dense attention is not what the target's sparse attention computes.
-
-    Raises:
-        ConfigError: a document is longer than `index_topk` tokens.
-    """
-    longest = int(store.length.max())
-    if index_topk and longest > index_topk:
-        raise ConfigError(
-            f"{store.url} holds a document of {longest:,} tokens; attention is dense here and equals"
-            f" the target's up to index_topk = {index_topk:,} tokens",
-            f"dump with prompts.max_length = {index_topk} or less",
-        )
 
 
 def _weights(config: RunConfig) -> tuple[str, Path | None]:

@@ -19,14 +19,14 @@ from configs.lock import hold
 from configs.schema import RunConfig
 from train.plan import plan
 
-__all__ = ["free_port", "main", "plan", "run"]
+__all__ = ["main", "plan", "run"]
 
 GRACE_SECONDS = 20
 # set by us in the ranks we start
 PARENT = "LAYER61_PARENT"
 
 
-def free_port() -> int:
+def _free_port() -> int:
     """A TCP port nobody listens on at this moment."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -70,7 +70,7 @@ def _run_all(config: RunConfig, ranks: int, folder: Path) -> dict[str, Any]:
     write_json(folder / "config.json", config.model_dump(mode="json"))
     environment = dict(os.environ)
     environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), PARENT: str(os.getpid())}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     # as torchrun does: ranks would fight for the cores
     environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // ranks, 1)))
     processes: list[subprocess.Popen[bytes]] = []

@@ -27,8 +27,9 @@ from export.checkpoint import Checkpoint
 from export.keymap import keymap
 from featurestore import FeatureStore, Loader, open_store
 from train import checkpoint, zero
-from train.draft import Draft, pack, state_column
-from train.evaluate import check_contract, check_lengths, held_out, measure
+from train.batch import check_contract, check_lengths, held_out, pack, state_column
+from train.draft import Draft
+from train.evaluate import measure
 from train.plan import total_steps
 
 __all__ = ["Stopped", "learning_rate", "train"]

@@ -28,7 +28,9 @@ from configs.errors import Layer61Error
 from configs.schema import TrainConfig
 from export.checkpoint import Checkpoint
 from export.keymap import keymap
-from train.model import Dims, MTPLayer, layer_tensors, load_tables
+from train.dims import Dims
+from train.model import layer_tensors, load_tables
+from train.mtp import MTPLayer
 from train.plan import is_frozen
 
 __all__ = [
@@ -63,10 +65,8 @@ def device() -> torch.device:
 def init_distributed() -> tuple[int, int]:
     """Join the process group the environment names, alone where it names none; returns (rank, world size)."""
     if "RANK" not in os.environ:
-        from train.launch import free_port
-
-        # DeepSpeed knows no other way to be alone
-        os.environ.update(ALONE | {"MASTER_PORT": str(free_port())})
+        # DeepSpeed knows no other way to be alone; at port 0 the system chooses a free one
+        os.environ.update(ALONE | {"MASTER_PORT": "0"})
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # a shared-memory all-reduce that is compiled at first use; gloo needs no compiler
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

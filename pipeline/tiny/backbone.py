@@ -12,7 +12,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from configs.files import read_json
-from train.model import DecoderLayer, Dims, Gate, MTPLayer
+from train.blocks import DecoderLayer, Gate
+from train.dims import Dims
+from train.mtp import MTPLayer
 
 __all__ = ["Backbone", "load_backbone"]
 
@@ -52,15 +54,13 @@ class Backbone(nn.Module):
     ) -> Tensor:
         """First draft step, [T, D]: `lm_head` of row i predicts token i+2.
 
-        Unlike in `MTPLayer.forward`, whose tables are frozen, gradients reach the shared embedding. The last
+        Unlike in `MTPLayer.enter`, whose tables are frozen, gradients reach the shared embedding. The last
         row of a document joins the first token of the next one and means nothing.
 
         Source: arXiv 2412.19437, section 2.2, with the embedding zeroed at position 0 as vLLM serves it.
         """
         e_TD = self.embed_tokens(input_ids_T.roll(-1)).masked_fill((positions_T == 0)[:, None], 0)
-        mtp = self.mtp
-        x_TD = mtp.eh_proj(torch.cat((mtp.enorm(e_TD), mtp.hnorm(hidden_TD)), -1))
-        return mtp.shared_head.norm(DecoderLayer.forward(mtp, x_TD, positions_T, cu_seqlens))
+        return self.mtp(e_TD, hidden_TD, positions_T, cu_seqlens)
 
     def forward(
         self, input_ids_T: Tensor, positions_T: Tensor, cu_seqlens: Tensor

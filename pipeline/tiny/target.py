@@ -29,7 +29,8 @@ from configs.schema import PromptsConfig, TinyConfig
 from pipeline.prompts import held_out_lines
 from pipeline.tiny.backbone import Backbone
 from pipeline.tiny.tokenizer import read_conversations, train_tokenizer
-from train.model import Dims, Gate
+from train.blocks import Gate
+from train.dims import Dims
 
 __all__ = [
     "build_target",

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from benchmarks import tune
+from benchmarks.aot import SHARED_LIMIT
 from train.kernels import tiles
-from train.kernels.aot import SHARED_LIMIT
 from train.kernels.tiles import TABLE, Tile
 
 GATHERING = {"up_fwd", "down_bwd", "weight_grad"}

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.kernels.moe import route
 from train.kernels.moe_triton import row_tiles
+from train.kernels.routing import route
 
 
 @st.composite

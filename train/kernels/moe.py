@@ -1,56 +1,21 @@
-"""Routed experts: checks, routing metadata, the autograd function and the choice of a backend.
-
-    sorted by expert     row:      0 1 2 | 3 4 | | 5 6 7        offsets = [0, 3, 5, 5, 8]
-    (stable)             order:    flat slot t * K + k of each row; its token is order // K
-                         inverse:  row of each flat slot, so that inverse[order[row]] = row
+"""Routed experts: checks, the autograd function and the choice of a backend.
 
 Legend: T tokens, D model width, F expert width, E experts, K experts a token, N = T * K rows.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from train.kernels import moe_torch
+from train.kernels.routing import Routing, route
 
-__all__ = ["BACKENDS", "Backend", "Routing", "default_backend", "moe", "route"]
+__all__ = ["BACKENDS", "Backend", "default_backend", "moe"]
 
 Backend = Literal["torch", "grouped_mm", "triton"]
 BACKENDS: tuple[Backend, ...] = ("torch", "grouped_mm", "triton")
-
-
-class Routing(NamedTuple):
-    """Where each token's rows lie once they are sorted by expert."""
-
-    order: Tensor
-    """int64 [N]: flat slot t * K + k of each sorted row."""
-    inverse: Tensor
-    """int64 [N]: sorted row of each flat slot."""
-    offsets: Tensor
-    """int64 [E + 1]: first sorted row of each expert; the last is N."""
-    token: Tensor
-    """int64 [N]: token of each sorted row, order // K."""
-
-
-def route(topk_ids: Tensor, num_experts: int) -> Routing:
-    """Sort the slots of all tokens by expert, stably. No host synchronisation.
-
-    Args:
-        topk_ids: int [T, K], each in [0, E).
-        num_experts: E.
-
-    Returns:
-        The routing. Ids out of range leave their rows outside every expert, never out of bounds.
-    """
-    flat = topk_ids.reshape(-1)
-    experts, order = torch.sort(flat, stable=True)
-    row = torch.arange(len(flat), device=flat.device)
-    inverse = torch.empty_like(order).scatter_(0, order, row)
-    # bincount would synchronise; the sorted ids give the same counts by search
-    bounds = torch.arange(num_experts + 1, device=flat.device, dtype=experts.dtype)
-    return Routing(order, inverse, torch.searchsorted(experts, bounds), order // topk_ids.shape[1])
 
 
 def default_backend(x: Tensor, w1: Tensor) -> Backend:

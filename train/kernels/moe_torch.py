@@ -6,14 +6,12 @@ Legend: T tokens, D model width, F expert width, E experts, K experts a token, N
 """
 
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from train.kernels.moe import Routing
+from train.kernels.routing import Routing
 
 __all__ = ["Grouped", "Loop"]
 
@@ -31,7 +29,7 @@ class Experts:
     multiply_tn(a [N, m], b [N, k])    -> a^T b     [E, m, k], zeros where an expert has no rows
     """
 
-    def __init__(self, routing: "Routing") -> None:
+    def __init__(self, routing: Routing) -> None:
         self.routing = routing
 
     def multiply_nt(self, a: Tensor, w: Tensor) -> Tensor:
@@ -45,7 +43,7 @@ class Experts:
 
     @classmethod
     def forward(
-        cls, x: Tensor, topk_weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, routing: "Routing"
+        cls, x: Tensor, topk_weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, routing: Routing
     ) -> tuple[Tensor, Tensor, Tensor]:
         """y [T, D], and gate and up products [N, F] for the backward."""
         self = cls(routing)
@@ -71,7 +69,7 @@ class Experts:
         w2: Tensor,
         g_NF: Tensor,
         u_NF: Tensor,
-        routing: "Routing",
+        routing: Routing,
         need: tuple[bool, ...],
         main_grads: tuple[Tensor, Tensor, Tensor] | None,
     ) -> tuple[Tensor | None, ...]:
@@ -110,7 +108,7 @@ class Experts:
 class Loop(Experts):
     """One matrix product for each expert that has rows; written straight into the stacked result."""
 
-    def __init__(self, routing: "Routing") -> None:
+    def __init__(self, routing: Routing) -> None:
         super().__init__(routing)
         bounds = routing.offsets.tolist()
         self.spans = [(e, a, b) for e, (a, b) in enumerate(pairwise(bounds)) if b > a]
@@ -144,7 +142,7 @@ class Loop(Experts):
 class Grouped(Experts):
     """`torch.nn.functional.grouped_mm`; no host synchronisation."""
 
-    def __init__(self, routing: "Routing") -> None:
+    def __init__(self, routing: Routing) -> None:
         super().__init__(routing)
         self.ends = routing.offsets[1:].int()
 

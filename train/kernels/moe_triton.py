@@ -17,7 +17,7 @@ Legend: T tokens, D model width, F expert width, E experts, K experts a token, N
 BK rows, columns and contraction step of a tile.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -25,10 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from train.kernels.launch import launch, matrix, require_device, tile_for
+from train.kernels.routing import Routing
 from train.kernels.tiles import Tile
-
-if TYPE_CHECKING:
-    from train.kernels.moe import Routing
 
 __all__ = ["backward", "forward", "row_tiles"]
 
@@ -317,7 +315,7 @@ def gather_sum(rows_ND: Tensor, inverse_N: Tensor, topk: int) -> Tensor:
 
 
 def launch_tiles(
-    kernel: Any, tile: Tile, columns: int, routing: "Routing", shape_EFD: torch.Size, **operands: Any
+    kernel: Any, tile: Tile, columns: int, routing: Routing, shape_EFD: torch.Size, **operands: Any
 ) -> None:
     """Run a kernel over the row tiles of all experts times the column tiles of its `columns` wide result."""
     E, F, D = shape_EFD
@@ -341,7 +339,7 @@ def launch_tiles(
 
 
 def forward(
-    x: Tensor, topk_weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, routing: "Routing"
+    x: Tensor, topk_weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, routing: Routing
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [T, D], and gate and up products [N, F] for the backward."""
     require_device(x.device)
@@ -392,7 +390,7 @@ def backward(
     w2: Tensor,
     g: Tensor,
     u: Tensor,
-    routing: "Routing",
+    routing: Routing,
     need: tuple[bool, ...],
     main_grads: tuple[Tensor, Tensor, Tensor] | None,
 ) -> tuple[Tensor | None, ...]:

@@ -1,0 +1,146 @@
+"""One packed batch on the device, and what a store must be for its documents to be one.
+
+Legend: T tokens, D hidden_size, B documents.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs.contract import Target, norm_and_head_sha256, require_same, target_contract
+from configs.errors import ConfigError, ContractError
+from featurestore import FeatureStore
+from train.unroll import Scored, select
+
+__all__ = ["Packed", "check_contract", "check_lengths", "held_out", "pack", "state_column"]
+
+
+class Packed(NamedTuple):
+    """Documents of one rank's micro-batch, on the device that computes.
+
+    Attributes:
+        input_ids: int64 [T].
+        loss_mask: bool [T].
+        cu_seqlens: int32 [B+1].
+        hidden: the target's post-norm states, [T, D].
+    """
+
+    input_ids: Tensor
+    loss_mask: Tensor
+    cu_seqlens: Tensor
+    hidden: Tensor
+
+    def scored(self, num_steps: int) -> Scored:
+        """The predictions of this batch that count.
+
+        A batch without any has one that is not valid: every rank must run every module, and none may be
+        left without a gradient.
+        """
+        found = select(self.loss_mask, self.cu_seqlens, num_steps)
+        if len(found.tokens):
+            return found
+        zero = self.input_ids.new_zeros(1)
+        place = zero.expand(num_steps, 1)
+        return Scored(zero, zero, place, place.bool())
+
+
+def state_column(contract: dict[str, Any]) -> int:
+    """Which of a token's stored states is the post-norm one.
+
+    Raises:
+        ContractError: the store holds none.
+    """
+    sites = [state["site"] for state in contract["states"]]
+    if "post_norm" not in sites:
+        raise ContractError(
+            f"the store holds states of {', '.join(sites)}, not post_norm",
+            "dump post-norm states to train from",
+        )
+    return sites.index("post_norm")
+
+
+def pack(batch: Any, column: int, dtype: torch.dtype, device: torch.device) -> Packed:
+    """Copy a loader's batch to the device; its buffers may be reused afterwards.
+
+    Args:
+        batch: `featurestore.Batch`; one without documents becomes three tokens that nobody wants predicted.
+        column: from `state_column`.
+        dtype: dtype of the layer.
+        device: where the layer is.
+    """
+    if len(batch.input_ids) == 0:
+        width = batch.hidden.shape[-1]
+        return Packed(
+            torch.zeros(3, dtype=torch.int64, device=device),
+            torch.zeros(3, dtype=torch.bool, device=device),
+            torch.tensor([0, 3], dtype=torch.int32, device=device),
+            torch.ones(3, width, dtype=dtype, device=device),
+        )
+
+    def copy(x: Tensor, to: torch.dtype | None = None) -> Tensor:
+        # blocking: the loader reads into these buffers again as soon as its next batch is asked for
+        return x.to(device=device, dtype=to, copy=True)
+
+    return Packed(
+        copy(batch.input_ids),
+        copy(batch.loss_mask),
+        copy(batch.cu_seqlens),
+        copy(batch.hidden[:, column], dtype),
+    )
+
+
+def check_contract(store: FeatureStore, directory: Path) -> Target:
+    """Check that a store was dumped from a target, as far as the target's files can say.
+
+    Raises:
+        ContractError: names every field that differs.
+        InputError: the target is incomplete.
+    """
+    target = target_contract(directory)
+    found = store.contract
+    what = f"store {store.url} and target {directory}"
+    hint = "set target.path to the checkpoint the store was dumped from, or dump again"
+    require_same(
+        {"target": found["target"], "norm_and_head_sha256": found["norm_and_head_sha256"]},
+        {
+            "target": target.model_dump(mode="json"),
+            "norm_and_head_sha256": norm_and_head_sha256(directory),
+        },
+        what,
+        hint=hint,
+    )
+    if store.hidden_size != target.hidden_size:
+        raise ContractError(f"{what} do not belong together: states of {store.hidden_size} numbers", hint)
+    return target
+
+
+def check_lengths(store: FeatureStore, index_topk: int) -> None:
+    """Refuse documents for which dense attention is not what the target's sparse attention computes.
+
+    Raises:
+        ConfigError: a document is longer than `index_topk` tokens.
+    """
+    longest = int(store.length.max())
+    if index_topk and longest > index_topk:
+        raise ConfigError(
+            f"{store.url} holds a document of {longest:,} tokens; attention is dense here and equals"
+            f" the target's up to index_topk = {index_topk:,} tokens",
+            f"dump with prompts.max_length = {index_topk} or less",
+        )
+
+
+def held_out(store: FeatureStore, limit: int | None) -> np.ndarray:
+    """Numbers of the held-out documents to evaluate, in the order of their uid so that a limit is fair.
+
+    Raises:
+        ConfigError: the store has none.
+    """
+    documents = np.flatnonzero(store.held_out)
+    if not len(documents):
+        raise ConfigError(
+            f"{store.url} has no held-out documents to evaluate on", "dump with prompts.held_out above 0"
+        )
+    return documents[np.argsort(store.uid[documents], kind="stable")][:limit]
