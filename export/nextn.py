@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
-from configs import checkpoints
+from configs import run_dir
 from configs.contract import norm_and_head_sha256, require_same, target_contract
 from configs.errors import ConfigError, InputError
 from configs.files import read_json, sha256_file, write_json
@@ -582,8 +582,8 @@ def find_checkpoint(config: RunConfig) -> Path:
     wanted = config.export.checkpoint
     if wanted == "released":
         return config.target.path
-    if wanted in ("best", "last") or (Path(wanted) / checkpoints.COMMIT).exists():
-        return checkpoints.locate(config.run.dir, wanted)
+    if wanted in ("best", "last") or (Path(wanted) / run_dir.COMMIT).exists():
+        return run_dir.locate(config.run.dir, wanted)
     return Path(wanted)
 
 
@@ -608,7 +608,7 @@ def plan(config: RunConfig) -> str:
         try:
             return prepare(**_arguments(config)).describe()
         except InputError as error:
-            if checkpoints.committed(config.run.dir) or config.export.checkpoint not in ("best", "last"):
+            if run_dir.committed(config.run.dir) or config.export.checkpoint not in ("best", "last"):
                 raise
             waiting = error.message
     else:

@@ -1,4 +1,4 @@
-"""Training checkpoints: written aside, committed last, published by rename (layout: configs/checkpoints.py).
+"""Training checkpoints: written aside, committed last, published by rename (layout: configs/run_dir.py).
 
 DeepSpeed's own `latest` may name a checkpoint whose other ranks never finished writing. Here a checkpoint
 exists from the moment its directory has its name: every file is complete by then.
@@ -23,10 +23,10 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from configs.checkpoints import BEST, COMMIT, LATEST, META, committed, directory, read_best, read_meta, tag
 from configs.errors import InputError, Layer61Error
 from configs.files import atomic_write, write_json
 from configs.progress import log
+from configs.run_dir import BEST, COMMIT, LATEST, META, committed, directory, read_best, read_meta, tag
 from export.checkpoint import INDEX
 from export.keymap import Op
 from train.mtp import MTPLayer

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs import checkpoints
+from configs import run_dir
 from configs.errors import ConfigError, StoreNotFoundError
 from configs.files import write_json
 from configs.progress import log, task
@@ -231,10 +231,10 @@ def _weights(config: RunConfig) -> tuple[str, Path | None]:
     which = config.evaluate.checkpoint
     if which == "released":
         return which, None
-    if which not in ("last", "best") and not (Path(which) / checkpoints.COMMIT).exists():
+    if which not in ("last", "best") and not (Path(which) / run_dir.COMMIT).exists():
         # an export, or any directory of tensors with checkpoint names
         return Path(which).name, Path(which)
-    path = checkpoints.locate(config.run.dir, which)
+    path = run_dir.locate(config.run.dir, which)
     return (which if which in ("last", "best") else path.name), path / "weights"
 
 

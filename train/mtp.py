@@ -104,6 +104,6 @@ class MTPLayer(DecoderLayer):
     def forward(  # type: ignore[override]
         self, e_TD: Tensor, hidden_TD: Tensor, positions_T: Tensor, cu_seqlens: Tensor
     ) -> Tensor:
-        """The state [T, D] of draft step 0 over packed documents, from embedded tokens, as a target trains it."""
+        """The state [T, D] of draft step 0 over packed documents, from embeddings, as a target trains it."""
         x_TD = super().forward(self.combine(e_TD, hidden_TD), positions_T, cu_seqlens)
         return self.leave(x_TD)[0]

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.checkpoints import directory
 from configs.errors import ConfigError, ContractError, InputError, Layer61Error
 from configs.files import atomic_write
 from configs.lock import hold
 from configs.progress import Task, log, task
+from configs.run_dir import directory
 from configs.schema import RunConfig, TrainConfig
 from export.checkpoint import Checkpoint
 from export.keymap import keymap
