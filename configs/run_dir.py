@@ -1,4 +1,4 @@
-"""Where training checkpoints lie and which of them are whole; reads names and sizes, never a tensor.
+"""The names in a run directory; which checkpoints are whole. Reads names and sizes, never a tensor.
 
 RUN/checkpoints/
   latest               name of the newest checkpoint, one line, replaced by rename
@@ -20,21 +20,68 @@ from configs.files import read_json
 __all__ = [
     "BEST",
     "COMMIT",
+    "EVALUATIONS",
     "LATEST",
     "META",
+    "METRICS",
+    "PROBE",
+    "REJECTS",
+    "REPORT",
+    "SUMMARY",
+    "VERIFICATION",
+    "VERIFY_WORK",
     "committed",
     "directory",
+    "dump_lock",
+    "engine_log",
+    "evaluation",
     "locate",
     "read_best",
     "read_meta",
     "tag",
+    "verb_lock",
+    "view",
 ]
+
+REJECTS = "rejects.jsonl"  # dump: the conversations left out, and why
+PROBE = "probe.npz"  # dump: one document's states at the first start of an engine
+METRICS = "metrics.jsonl"  # train: one line a logged step
+EVALUATIONS = "evaluate.*.json"  # evaluate: see `evaluation`
+VERIFICATION = "verify.json"  # verify: its result
+VERIFY_WORK = "verify"  # verify: a directory of logs and finished measurements, engine by engine
+SUMMARY = "summary.json"  # demo: the figures of its table
+REPORT = "report.html"
 
 BEST = "best.json"
 COMMIT = "COMMIT.json"
 LATEST = "latest"
 META = "layer61.json"
 TAG = re.compile(r"^step_(\d{6,})$")
+
+
+def evaluation(run_dir: Path, name: str) -> Path:
+    """Offline figures of a checkpoint, `released`, `best` or another name."""
+    return Path(run_dir) / EVALUATIONS.replace("*", name)
+
+
+def engine_log(run_dir: Path, worker: str) -> Path:
+    """What the capture engine of `dump.worker` k/n prints."""
+    return Path(run_dir) / f"engine.{worker.replace('/', '-of-')}.log"
+
+
+def view(run_dir: Path, worker: str) -> Path:
+    """The V3 view that the capture engine of `dump.worker` k/n serves."""
+    return Path(run_dir) / f"view.{worker.replace('/', '-of-')}"
+
+
+def dump_lock(run_dir: Path, worker: str) -> Path:
+    """Held by the dump of `dump.worker` k/n while it runs an engine."""
+    return Path(run_dir) / f"dump.{worker.replace('/', '-of-')}.lock"
+
+
+def verb_lock(run_dir: Path, verb: str) -> Path:
+    """Held by a verb while it works in the run directory."""
+    return Path(run_dir) / f".{verb}.lock"
 
 
 def directory(run_dir: Path) -> Path:

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
+from configs import run_dir
 from configs.errors import ConfigError, InputError, Layer61Error, StoreError
 from configs.load import freeze, load_config, settings, settings_file
 from configs.lock import hold
@@ -116,7 +117,7 @@ def _alone(config: RunConfig, verb: str) -> AbstractContextManager[None]:
     if verb in ("dump", "train") or os.environ.get("RANK", "0") != "0":
         return nullcontext()
     hint = "wait for it, or choose another run directory (RUN=... or run.dir=...)"
-    return hold(config.run.dir / f".{verb}.lock", f"another {verb}", hint)
+    return hold(run_dir.verb_lock(config.run.dir, verb), f"another {verb}", hint)
 
 
 def _dump(args: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 from rich.table import Table
 
+from configs import run_dir
 from configs.errors import Layer61Error
 from configs.files import read_json, write_json
 from configs.load import load_config
@@ -129,7 +130,7 @@ def run(files: Sequence[str], overrides: Sequence[str], *, dry_run: bool = False
         dry_run: let each stage say what it would do, as far as its input is there already.
     """
     config = load_config(files, overrides)
-    run_dir = config.run.dir
+    folder = config.run.dir
     if dry_run:
         for verb in ("target", "dump"):
             subprocess.run(
@@ -141,10 +142,10 @@ def run(files: Sequence[str], overrides: Sequence[str], *, dry_run: bool = False
     places = {
         "target": config.target.path,
         "dump": Path(config.store_path),
-        "train": run_dir / "checkpoints",
-        "evaluate": run_dir / "evaluate.best.json",
+        "train": run_dir.directory(folder),
+        "evaluate": run_dir.evaluation(folder, "best"),
         "export": config.export_dir,
-        "verify": run_dir / "verify.json",
+        "verify": folder / run_dir.VERIFICATION,
     }
     stages: dict[str, dict[str, float]] = {}
     results: dict[str, dict[str, Any]] = {}
@@ -159,7 +160,7 @@ def run(files: Sequence[str], overrides: Sequence[str], *, dry_run: bool = False
                 results[verb] = _stage(verb, files, overrides)
             size = _size_bytes(place) if place.is_dir() else place.stat().st_size if place.exists() else 0
             stages[verb] = {"seconds": round(time.monotonic() - began, 1), "bytes": size}
-    earlier = _earlier(run_dir / "summary.json")
+    earlier = _earlier(folder / run_dir.SUMMARY)
     # a stage that found its work done costs what it cost when it was done
     for verb, cost in stages.items():
         cost["seconds"] = max(cost["seconds"], earlier.get("stages", {}).get(verb, {}).get("seconds", 0))
@@ -176,7 +177,7 @@ def run(files: Sequence[str], overrides: Sequence[str], *, dry_run: bool = False
         "peak_rss_bytes": max(memory.peak_bytes, earlier.get("peak_rss_bytes", 0)),
         **collect(),
     }
-    write_json(run_dir / "summary.json", summary)
+    write_json(folder / run_dir.SUMMARY, summary)
     console.print(_table(summary, config))
     greedy = served["greedy"]
     console.print(

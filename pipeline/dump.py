@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from configs import run_dir
 from configs.contract import (
     Contract,
     Engine,
@@ -236,8 +237,7 @@ def _settings(config: RunConfig, prompts: Prompts, agreed: dict[str, Any], view:
     if view == "v3":
         from pipeline.view import make_view
 
-        k, n = config.dump.worker.split("/")
-        model = make_view(model, config.run.dir / f"view.{k}-of-{n}")
+        model = make_view(model, run_dir.view(config.run.dir, config.dump.worker))
     return EngineSettings(
         model=str(model),
         max_length=config.prompts.max_length,
@@ -249,7 +249,7 @@ def _settings(config: RunConfig, prompts: Prompts, agreed: dict[str, Any], view:
         compression=config.dump.compression,
         writer_threads=config.dump.writer_threads,
         queue_bytes=config.dump.queue_bytes,
-        log=str(config.run.dir / f"engine.{config.dump.worker.replace('/', '-of-')}.log"),
+        log=str(run_dir.engine_log(config.run.dir, config.dump.worker)),
         vllm=config.dump.vllm,
     )
 
@@ -322,7 +322,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     target = target_config(config.target.path)
     assert config.target.path is not None
     view = _view(config, target)
-    rejects = config.run.dir / "rejects.jsonl"
+    rejects = config.run.dir / run_dir.REJECTS
     try:
         prompts = load_prompts(config.prompts, config.target.path, config.run.seed)
     except NoConversationsError as error:
@@ -346,7 +346,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         log("dump", f"{len(mine) - len(todo):,} of {len(mine):,} blocks are committed already: kept")
     captured = {"tokens": 0, "start": 0.0}
     if todo:
-        lock = config.run.dir / f"dump.{config.dump.worker.replace('/', '-of-')}.lock"
+        lock = run_dir.dump_lock(config.run.dir, config.dump.worker)
         hint = "wait for it, or give each machine its own dump.worker = 'k/n'"
         with hold(lock, "another dump with the same dump.worker", hint):
             _remove_leftovers(objects, {b.name for b in todo})
@@ -392,7 +392,7 @@ def _run_here(
     captured: dict[str, Any],
 ) -> None:
     log("dump", f"starting vLLM, its log is {settings.log}")
-    session = Session(settings, config.run.dir / "probe.npz" if config.dump.probe else None, probe_ids)
+    session = Session(settings, config.run.dir / run_dir.PROBE if config.dump.probe else None, probe_ids)
     total = sum(b.most_tokens for b in mine)
     waiting = {b.name for b in todo}
     done = sum(b.most_tokens for b in mine if b.name not in waiting)
@@ -497,7 +497,7 @@ class BlockActor:
         settings = _settings(config.model_copy(update={"run": place}), prompts, agreed, view)
         settings = EngineSettings(**vars(settings) | {"store": config.store_path})
         self._blocks = {b.name: b for b in blocks(config, prompts)}
-        probe = config.run.dir / "probe.npz" if config.dump.probe else None
+        probe = config.run.dir / run_dir.PROBE if config.dump.probe else None
         self._session = Session(settings, probe, prompts.documents[0].input_ids[:PROBE_TOKENS])
 
     def run(self, name: str) -> tuple[str, int]:

@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from configs import run_dir
 from configs.errors import InputError
 from configs.files import atomic_write, read_json
 
 __all__ = ["write"]
+
+RESULTS = (run_dir.METRICS, run_dir.VERIFICATION, run_dir.SUMMARY, run_dir.EVALUATIONS)
 
 STYLE = """
 body { font: 16px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1f2328 }
@@ -89,9 +92,9 @@ def _table(header: list[str], rows: list[list[Any]]) -> str:
 def _acceptance(run: Path) -> str:
     """Served acceptance before and after, beside the offline evaluator's figures where there are any."""
     parts = []
-    offline = {p.name.split(".")[1]: read_json(p) for p in sorted(run.glob("evaluate.*.json"))}
-    if (run / "verify.json").exists():
-        served = read_json(run / "verify.json")
+    offline = {p.name.split(".")[1]: read_json(p) for p in sorted(run.glob(run_dir.EVALUATIONS))}
+    if (run / run_dir.VERIFICATION).exists():
+        served = read_json(run / run_dir.VERIFICATION)
         before, after = served.get("before"), served.get("after")
         if before and after:
             rows = [
@@ -139,23 +142,22 @@ def write(run: Path) -> Path:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
-        names = "summary.json, verify.json, evaluate.*.json or metrics.jsonl"
         raise InputError(
-            f"{names} in {run} is damaged: {type(error).__name__}: {error}",
+            f"one of {', '.join(RESULTS)} in {run} is damaged: {type(error).__name__}: {error}",
             "remove that file; the stage that wrote it writes it again",
         ) from error
 
 
 def _write(run: Path) -> Path:
-    known = ("metrics.jsonl", "verify.json", "summary.json", "evaluate.*.json", "config.*.json")
+    known = (*RESULTS, "config.*.json")
     if not any(found for pattern in known for found in run.glob(pattern)):
         raise InputError(f"{run} is not a run directory: it holds none of {', '.join(known)}", "name RUN=...")
-    rows = _read_metrics(run / "metrics.jsonl")
+    rows = _read_metrics(run / run_dir.METRICS)
     steps = sorted({name.rpartition("pos")[2] for row in rows for name in row if "top1_pos" in name})
     positions = sorted(
         {n.rpartition("_")[2] for row in rows for n in row if n.startswith("evaluate/acceptance_")}
     )
-    summary = read_json(run / "summary.json") if (run / "summary.json").exists() else None
+    summary = read_json(run / run_dir.SUMMARY) if (run / run_dir.SUMMARY).exists() else None
     sections = [
         ("Acceptance", _acceptance(run)),
         (
@@ -200,5 +202,5 @@ def _write(run: Path) -> Path:
     body = "".join(f"<h2>{title}</h2>{content}" for title, content in sections if content)
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(run.name)}</title>"
     page += f"<style>{STYLE}</style><h1>layer61: {html.escape(str(run))}</h1>{body}</html>\n"
-    atomic_write(run / "report.html", page)
-    return run / "report.html"
+    atomic_write(run / run_dir.REPORT, page)
+    return run / run_dir.REPORT

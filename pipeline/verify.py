@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import torch
 
+from configs import run_dir
 from configs.contract import require_same, target_contract
 from configs.errors import ConfigError, InputError, Layer61Error
 from configs.files import read_json, sha256_file, sha256_json, write_json
@@ -486,9 +487,9 @@ def run(config: RunConfig) -> dict[str, Any]:
         tensor_parallel_size=config.dump.tensor_parallel_size,
         compare_released=settings.compare_released,
         view=config.dump.view,
-        work_dir=config.run.dir / "verify",
+        work_dir=config.run.dir / run_dir.VERIFY_WORK,
     )
-    write_json(config.run.dir / "verify.json", result)
+    write_json(config.run.dir / run_dir.VERIFICATION, result)
     for name in ("before", "after"):
         if figures := result[name]:
             positions = ", ".join(f"{x:.1%}" for x in figures["acceptance_per_position"])
