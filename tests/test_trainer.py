@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from configs import run_dir
+from configs import run_dir as runs
 from configs.errors import ConfigError, ContractError, InputError
 from configs.load import load_config
 from configs.schema import TrainConfig
@@ -85,7 +85,7 @@ def losses(run_dir):
 
 def optimizer_states(run_dir):
     """Float32 masters and moments of the last checkpoint, a list for each rank."""
-    files = sorted((run_dir.locate(run_dir, "last") / "deepspeed").glob("*_optim_states.pt"))
+    files = sorted((runs.locate(run_dir, "last") / "deepspeed").glob("*_optim_states.pt"))
     found = []
     for file in files:
         state = torch.load(file, weights_only=False)["optimizer_state_dict"]
@@ -126,19 +126,19 @@ def test_two_ranks_learn_and_leave_a_checkpoint_that_serves(undisturbed, setting
     # a step of two ranks is two times 48 tokens
     assert all(steps[s]["train/tokens"] == 96 for s in range(1, STEPS + 1))
 
-    root = run_dir.directory(undisturbed)
-    kept = [p.name for p in run_dir.committed(undisturbed)]
-    best = run_dir.read_best(undisturbed)
+    root = runs.directory(undisturbed)
+    kept = [p.name for p in runs.committed(undisturbed)]
+    best = runs.read_best(undisturbed)
     assert kept[-2:] == ["step_000012", "step_000018"]
     assert set(kept) <= {"step_000012", "step_000018", best["checkpoint"]}
     assert (root / "latest").read_text().strip() == "step_000018"
     assert best["acceptance_length"] == max(
         s.get("evaluate/acceptance_length", 0) for k, s in steps.items() if k
     )
-    assert run_dir.locate(undisturbed, "best").name == best["checkpoint"]
+    assert runs.locate(undisturbed, "best").name == best["checkpoint"]
 
     # everything under checkpoint names, the frozen parts as released
-    weights = run_dir.locate(undisturbed, "last") / "weights"
+    weights = runs.locate(undisturbed, "last") / "weights"
     released, trained = (
         load_layer(tiny_checkpoint).state_dict(),
         load_layer(tiny_checkpoint, weights=weights).state_dict(),
@@ -178,18 +178,18 @@ def test_killed_terminated_and_interrupted_runs_end_as_the_undisturbed_one(tmp_p
     wait_until(lambda: '"step": 1,' in metrics())
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143, said(run_dir)
-    stopped = run_dir.locate(run_dir, "last")
+    stopped = runs.locate(run_dir, "last")
 
     # then killed without warning somewhere after the next checkpoint, its ranks with it
     process = start(run_dir, settings, "train.ranks=2")
-    wait_until(lambda: run_dir.locate(run_dir, "last") != stopped)
+    wait_until(lambda: runs.locate(run_dir, "last") != stopped)
     process.kill()
     process.wait()
     # what a kill in the middle of a save leaves behind
-    half = run_dir.directory(run_dir) / "step_000017"
-    shutil.copytree(run_dir.locate(run_dir, "last"), half)
+    half = runs.directory(run_dir) / "step_000017"
+    shutil.copytree(runs.locate(run_dir, "last"), half)
     next((half / "deepspeed").iterdir()).write_bytes(b"cut short")
-    (run_dir.directory(run_dir) / ".step_000018.partial").mkdir()
+    (runs.directory(run_dir) / ".step_000018.partial").mkdir()
 
     process = start(run_dir, settings, "train.ranks=2")
     assert process.wait(120) == 0, said(run_dir)
@@ -199,9 +199,7 @@ def test_killed_terminated_and_interrupted_runs_end_as_the_undisturbed_one(tmp_p
     assert_same_losses(run_dir, undisturbed)
     for mine, theirs in zip(optimizer_states(run_dir), optimizer_states(undisturbed), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
-    weights = [
-        run_dir.locate(d, "last") / "weights" / "layer-00001.safetensors" for d in (run_dir, undisturbed)
-    ]
+    weights = [runs.locate(d, "last") / "weights" / "layer-00001.safetensors" for d in (run_dir, undisturbed)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
@@ -215,7 +213,7 @@ def test_one_rank_computes_what_two_do_and_takes_over_from_them(tmp_path, settin
 
     # from a checkpoint of two ranks
     shutil.copytree(undisturbed, tmp_path / "both")
-    shutil.rmtree(run_dir.locate(tmp_path / "both", "last"))
+    shutil.rmtree(runs.locate(tmp_path / "both", "last"))
     launch.run(load_config([], [*one, f"run.dir={tmp_path / 'both'}"]))
     assert_same_losses(tmp_path / "both", undisturbed, tolerance=1e-4)
 
@@ -239,7 +237,7 @@ def test_a_store_of_another_target_is_refused_before_anything_is_written(
     # found by a rank, raised here
     with pytest.raises(ContractError, match="norm_and_head_sha256"):
         launch.run(config)
-    assert not run_dir.directory(tmp_path / "run").exists()
+    assert not runs.directory(tmp_path / "run").exists()
     # the other rank, which waited for that one, keeps its own story to itself
     assert "Traceback" not in capfd.readouterr().err
 
@@ -258,17 +256,17 @@ def test_settings_that_cannot_work_are_refused(tmp_path, settings):
 
 def test_checkpoints_that_are_not_whole_do_not_exist(tmp_path):
     with pytest.raises(InputError, match="no whole checkpoint"):
-        run_dir.locate(tmp_path, "last")
+        runs.locate(tmp_path, "last")
     for step, size in ((5, 3), (12, 3), (9, 2)):
-        path = run_dir.directory(tmp_path) / run_dir.tag(step)
+        path = runs.directory(tmp_path) / runs.tag(step)
         path.mkdir(parents=True)
         (path / "file").write_bytes(b"abc")
-        (path / run_dir.COMMIT).write_text(json.dumps({"format": 1, "files": {"file": size}}))
-    (run_dir.directory(tmp_path) / run_dir.tag(20)).mkdir()
-    assert [p.name for p in run_dir.committed(tmp_path)] == ["step_000005", "step_000012"]
-    assert run_dir.locate(tmp_path, "best").name == "step_000012"
+        (path / runs.COMMIT).write_text(json.dumps({"format": 1, "files": {"file": size}}))
+    (runs.directory(tmp_path) / runs.tag(20)).mkdir()
+    assert [p.name for p in runs.committed(tmp_path)] == ["step_000005", "step_000012"]
+    assert runs.locate(tmp_path, "best").name == "step_000012"
     with pytest.raises(InputError, match="not a whole checkpoint"):
-        run_dir.locate(tmp_path, str(run_dir.directory(tmp_path) / "step_000009"))
+        runs.locate(tmp_path, str(runs.directory(tmp_path) / "step_000009"))
 
 
 def test_learning_rate_warms_up_and_decays_to_its_floor():
