@@ -13,6 +13,7 @@ from typing import Any, Literal
 from configs.errors import ContractError, InputError
 from configs.files import read_json, sha256_file, sha256_json
 from configs.schema import Section
+from configs.target import target_config
 
 __all__ = [
     "NORM_AND_HEAD",
@@ -22,7 +23,6 @@ __all__ = [
     "Target",
     "Template",
     "norm_and_head_sha256",
-    "read_target_config",
     "require_same",
     "target_contract",
 ]
@@ -82,25 +82,6 @@ class Contract(Section):
     concat: Literal["embed,hidden"] = "embed,hidden"
 
 
-def read_target_config(directory: Path | str) -> dict[str, Any]:
-    """Parse `config.json` of a checkpoint directory.
-
-    Raises:
-        InputError: the directory or the file is missing, or the file is not a JSON object.
-    """
-    path = Path(directory) / "config.json"
-    hint = "set target.path to a checkpoint directory with config.json and safetensors files"
-    try:
-        config = read_json(path)
-    except FileNotFoundError:
-        raise InputError(f"there is no checkpoint at {directory}: {path} is missing", hint) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}", hint) from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path} holds a JSON {type(config).__name__}, not an object", hint)
-    return config
-
-
 def _header(path: Path) -> tuple[dict[str, Any], int]:
     """The JSON header of a safetensors file and where its data starts (huggingface.co/docs/safetensors)."""
     try:
@@ -138,7 +119,7 @@ def target_contract(directory: Path | str) -> Target:
         InputError: a file is missing or malformed, or config.json lacks a size.
     """
     directory = Path(directory)
-    config = read_target_config(directory)
+    config = target_config(directory)
     missing = [
         k for k in ("hidden_size", "num_hidden_layers", "vocab_size") if not isinstance(config.get(k), int)
     ]

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from configs.errors import ConfigError
+
 __all__ = [
     "OWNED",
     "DumpConfig",
@@ -298,6 +300,16 @@ class RunConfig(Section):
                         f"{table}.{name} is decided by another setting and cannot be passed through"
                     )
         return self
+
+    def require_target(self) -> Path:
+        """`target.path`, for a verb that cannot do without.
+
+        Raises:
+            ConfigError: it is not set.
+        """
+        if self.target.path is None:
+            raise ConfigError("target.path is not set", "set it to the directory of the target checkpoint")
+        return self.target.path
 
     @property
     def store_path(self) -> str:

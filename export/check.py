@@ -1,4 +1,4 @@
-"""Replay on the headers of a directory what the servers' loaders do with its names, dtypes and shapes.
+"""Would a server load this directory? By its path, and by replaying on headers what the loaders do.
 
 Faithful to vLLM 0.32.0 (`get_spec_layer_idx_from_weight_name` in `model_executor/models/utils.py`,
 `DeepSeekMTP.load_weights` in `model_executor/models/deepseek_mtp.py`) and sglang 0.5.23
@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 
-from configs.errors import InputError
+from configs.errors import ConfigError, InputError
 from export import fp8
 from export.checkpoint import Checkpoint, mtp_prefix
 from export.keymap import DROPPED, is_quantized, layer_shapes
 
-__all__ = ["check", "sglang_parameter", "vllm_parameter"]
+__all__ = ["check", "refuse_name", "sglang_parameter", "vllm_parameter"]
 
+# vLLM picks the speculative method by these words anywhere in the draft's path, whatever the method asked for
+FORBIDDEN = ("eagle", "dflash", "dspark")
 # vLLM: names that stay beside the transformer block, and projections it stores as one (parameter, slot)
 OUTSIDE_BLOCK = ("embed_tokens", "enorm", "hnorm", "eh_proj", "shared_head")
 FUSED = {
@@ -33,6 +35,22 @@ FUSED = {
     "up_proj": ("gate_up_proj", 1),
 }
 EXPERT = {"gate_proj": ("w13", "w1"), "up_proj": ("w13", "w3"), "down_proj": ("w2", "w2")}
+
+
+def refuse_name(path: Path | str, key: str = "export.dir") -> None:
+    """Refuse a path that vLLM would take for another speculative method.
+
+    Raises:
+        ConfigError: `eagle`, `dflash` or `dspark` stands somewhere in the absolute path.
+    """
+    path = Path(path).absolute()
+    word = next((w for w in FORBIDDEN if w in str(path).lower()), None)
+    if word:
+        raise ConfigError(
+            f"{key} = {path} contains {word!r}: vLLM chooses the speculative method by that word in the path"
+            " and would not load the directory as an MTP draft",
+            f"set {key} to a path, parents included, without {', '.join(FORBIDDEN)}",
+        )
 
 
 def vllm_parameter(name: str, target: Mapping[str, Any]) -> tuple[str, str] | None:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from configs.errors import InputError
 from configs.files import read_json
+from configs.target import require_directory, target_config
 from export import fp8
 
 __all__ = ["INDEX", "Checkpoint", "mtp_prefix"]
@@ -38,18 +39,6 @@ def mtp_prefix(config: Mapping[str, Any]) -> str:
     return f"model.layers.{config['num_hidden_layers']}."
 
 
-def _parse(path: Path, what: str) -> dict[str, Any]:
-    try:
-        value = read_json(path)
-    except OSError as error:
-        raise InputError(f"{what} {path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{what} {path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{what} {path} holds a {type(value).__name__}, expected an object")
-    return value
-
-
 class Checkpoint:
     """A directory of safetensors files, with `model.safetensors.index.json` or without.
 
@@ -69,18 +58,8 @@ class Checkpoint:
     """
 
     def __init__(self, directory: str | Path, config: Mapping[str, Any] | None = None) -> None:
-        self.directory = Path(directory).absolute()
-        if not self.directory.is_dir():
-            raise InputError(
-                f"no checkpoint at {self.directory}: there is no such directory",
-                "name a directory that holds config.json and *.safetensors",
-            )
-        if config is None:
-            path = self.directory / "config.json"
-            if not path.is_file():
-                raise InputError(f"{self.directory} is not a checkpoint: it has no config.json")
-            config = _parse(path, "configuration")
-        self.config: dict[str, Any] = dict(config)
+        self.directory = require_directory(Path(directory).absolute())
+        self.config: dict[str, Any] = target_config(self.directory) if config is None else dict(config)
         self._file_of = self._locate()
         self.names: tuple[str, ...] = tuple(self._file_of)
         self._handle = functools.cache(self._open)
@@ -88,9 +67,12 @@ class Checkpoint:
     def _locate(self) -> dict[str, str]:
         index = self.directory / INDEX
         if index.is_file():
-            weight_map = _parse(index, "index").get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise InputError(f"index {index} has no weight_map")
+            try:
+                weight_map = dict(read_json(index)["weight_map"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{index} is not an index of safetensors files: {error!r}") from None
+            if not weight_map:
+                raise InputError(f"{index} names no tensors")
             missing = sorted(f for f in set(weight_map.values()) if not (self.directory / f).is_file())
             if missing:
                 raise InputError(
@@ -114,7 +96,7 @@ class Checkpoint:
             return safe_open(self.directory / file, framework="pt")
         except (OSError, SafetensorError) as error:
             raise InputError(
-                f"{self.directory / file} is no whole safetensors file: {error}",
+                f"{self.directory / file} is not a complete safetensors file: {error}",
                 "the copy or download is incomplete; fetch this file again",
             ) from None
 

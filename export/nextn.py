@@ -31,18 +31,16 @@ from configs.progress import log, task
 from configs.schema import RunConfig
 from configs.target import target_config
 from export import fp8
-from export.check import check
+from export.check import check, refuse_name
 from export.checkpoint import INDEX, Checkpoint, mtp_prefix
 from export.keymap import DROPPED, account, is_quantized, layer_shapes
 
-__all__ = ["MANIFEST", "Plan", "export", "find_checkpoint", "plan", "prepare", "refuse_name", "run"]
+__all__ = ["MANIFEST", "Plan", "export", "find_checkpoint", "plan", "prepare", "run"]
 
 MANIFEST = "layer61.json"
 Layout = Literal["nextn", "sglang-legacy", "stitched"]
 Quantization = Literal["auto", "none", "fp8"]
 
-# vLLM picks the speculative method by these words anywhere in the draft's path, whatever the method asked for
-FORBIDDEN = ("eagle", "dflash", "dspark")
 # copied from the target; neither server reads the tokenizer of a draft, but tools that open the directory do
 COPIED = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.jinja"),
@@ -127,22 +125,6 @@ class Plan:
         return (
             f"{what}{step} as {self.layout}, {form}: {self.num_tensors:,} tensors,"
             f" {self.num_bytes / 1e9:,.3f} GB in {len(self.files)} files{links}, to {self.directory}"
-        )
-
-
-def refuse_name(path: Path | str, key: str = "export.dir") -> None:
-    """Refuse a path that vLLM would take for another speculative method.
-
-    Raises:
-        ConfigError: `eagle`, `dflash` or `dspark` stands somewhere in the absolute path.
-    """
-    path = Path(path).absolute()
-    word = next((w for w in FORBIDDEN if w in str(path).lower()), None)
-    if word:
-        raise ConfigError(
-            f"{key} = {path} contains {word!r}: vLLM chooses the speculative method by that word in the path"
-            " and would not load the directory as an MTP draft",
-            f"set {key} to a path, parents included, without {', '.join(FORBIDDEN)}",
         )
 
 
@@ -577,11 +559,9 @@ def find_checkpoint(config: RunConfig) -> Path:
         ConfigError: no target is set.
         InputError: the run directory holds no whole checkpoint.
     """
-    if config.target.path is None:
-        raise ConfigError("target.path is not set", "set it to the directory of the target checkpoint")
     wanted = config.export.checkpoint
     if wanted == "released":
-        return config.target.path
+        return config.require_target()
     if wanted in ("best", "last") or (Path(wanted) / run_dir.COMMIT).exists():
         return run_dir.locate(config.run.dir, wanted)
     return Path(wanted)
@@ -590,7 +570,7 @@ def find_checkpoint(config: RunConfig) -> Path:
 def _arguments(config: RunConfig) -> dict[str, Any]:
     return {
         "weights_dir": find_checkpoint(config),
-        "target_dir": config.target.path,
+        "target_dir": config.require_target(),
         "out_dir": config.export_dir,
         "layout": config.export.layout,
         "quantization": config.export.quantization,
@@ -604,7 +584,8 @@ def plan(config: RunConfig) -> str:
         ConfigError, InputError: as `prepare`.
     """
     refuse_name(config.export_dir)
-    if config.target.path is not None and config.target.path.exists():
+    target = config.require_target()
+    if target.exists():
         try:
             return prepare(**_arguments(config)).describe()
         except InputError as error:
@@ -612,8 +593,8 @@ def plan(config: RunConfig) -> str:
                 raise
             waiting = error.message
     else:
-        waiting = f"there is no target at {config.target.path}"
-    sizes = target_config(config.target.path, planning=True)
+        waiting = f"there is no target at {target}"
+    sizes = target_config(target, planning=True)
     as_fp8 = config.export.quantization == "fp8"
     as_fp8 |= config.export.quantization == "auto" and "quantization_config" in sizes
     count = num_bytes = 0

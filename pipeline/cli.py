@@ -94,7 +94,7 @@ def _stage(
     _say(args.verb, str(plan(config)))
     if args.dry_run:
         return 0
-    target_config(config.target.path)
+    target_config(config.require_target())
     started = time.monotonic()
     with _alone(config, args.verb):
         first = not settings_file(config, args.verb).exists()

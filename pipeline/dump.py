@@ -199,7 +199,7 @@ def plan(config: RunConfig) -> DumpPlan:
     Raises:
         ConfigError: settings that cannot work. InputError: a file that is there cannot be used.
     """
-    target = target_config(config.target.path, planning=True)
+    target = target_config(config.require_target(), planning=True)
     view = _view(config, target)
     per_token = 2 * target["hidden_size"] + 4 + 1
     empty = DumpPlan(per_token, None, 0, 0, 0, 0, 0, 0, 0, 0, view, config.store_path)
@@ -319,7 +319,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         StoreError: the store cannot be written.
     """
     started = time.monotonic()
-    target = target_config(config.target.path)
+    target = target_config(config.require_target())
     assert config.target.path is not None
     view = _view(config, target)
     rejects = config.run.dir / run_dir.REJECTS
@@ -490,7 +490,7 @@ class BlockActor:
     def __init__(self, values: dict[str, Any], number: int) -> None:
         config = RunConfig.model_validate(values)
         assert config.target.path is not None
-        view = _view(config, target_config(config.target.path))
+        view = _view(config, target_config(config.require_target()))
         prompts = load_prompts(config.prompts, config.target.path, config.run.seed)
         agreed = contract(config, prompts, view).model_dump(mode="json")
         place = config.run.model_copy(update={"dir": config.run.dir / f"ray{number}"})

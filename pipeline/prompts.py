@@ -314,9 +314,9 @@ class Renderer:
 
 
 def _released_encoding(directory: Path) -> Any:
-    from configs.contract import read_target_config
+    from configs.target import target_config
 
-    kind = read_target_config(directory).get("model_type")
+    kind = target_config(directory).get("model_type")
     if kind != "deepseek_v32":
         raise InputError(
             f"the tokenizer of {directory} has no chat template, and none is known for {kind}",

@@ -30,9 +30,9 @@ from configs.errors import ConfigError, InputError, Layer61Error
 from configs.files import read_json, sha256_file, sha256_json, write_json
 from configs.progress import log, task
 from configs.schema import RunConfig
-from export.check import check
+from export.check import check, refuse_name
 from export.checkpoint import Checkpoint
-from export.nextn import MANIFEST, refuse_name
+from export.nextn import MANIFEST
 from pipeline import child
 from pipeline.greedy import compare, noise, partings
 from pipeline.prompts import load_prompts

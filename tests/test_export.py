@@ -182,7 +182,7 @@ def test_checkpoint_notices_an_index_that_lies(tiny_checkpoint, tmp_path):
     with pytest.raises(InputError, match=r"has no tensor model\.norm\.weight, though the index says so"):
         Checkpoint(copy).get("model.norm.weight")
     (copy / INDEX).write_text("{")
-    with pytest.raises(InputError, match="is not JSON"):
+    with pytest.raises(InputError, match="is not an index"):
         Checkpoint(copy)
 
 
@@ -483,7 +483,7 @@ def test_damaged_files_are_named(trained, tiny_checkpoint, tmp_path):
     last = sorted(broken.glob("*.safetensors"))[-1]
     data = last.read_bytes()
     last.write_bytes(data[: len(data) // 2])
-    with pytest.raises(InputError, match=f"{last.name} is no whole safetensors file"):
+    with pytest.raises(InputError, match=f"{last.name} is not a complete safetensors file"):
         nextn.export(tiny_checkpoint, broken, tmp_path / "out")
     last.unlink()
     with pytest.raises(InputError, match=f"1 missing files: {last.name}"):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from configs import run_dir
-from configs.errors import ConfigError, StoreNotFoundError
+from configs.errors import StoreNotFoundError
 from configs.files import write_json
 from configs.progress import log, task
 from configs.schema import RunConfig
@@ -238,12 +238,6 @@ def _weights(config: RunConfig) -> tuple[str, Path | None]:
     return (which if which in ("last", "best") else path.name), path / "weights"
 
 
-def _required_target(config: RunConfig) -> Path:
-    if config.target.path is None:
-        raise ConfigError("target.path is not set", "set it to the directory of the target checkpoint")
-    return config.target.path
-
-
 def plan(config: RunConfig) -> str:
     """One line: what `layer61 evaluate` will measure."""
     try:
@@ -278,7 +272,7 @@ def run(config: RunConfig, checkpoint: str | None = None) -> dict[str, Any]:
     if checkpoint is not None:
         evaluate = config.evaluate.model_copy(update={"checkpoint": checkpoint})
         config = config.model_copy(update={"evaluate": evaluate})
-    target = _required_target(config)
+    target = config.require_target()
     name, weights = _weights(config)
     store = open_store(config.train_store_path)
     documents = held_out(store, config.evaluate.max_documents)

@@ -7,8 +7,8 @@ from typing import Any
 from configs.errors import StoreError, StoreNotFoundError
 from configs.schema import RunConfig, TrainConfig
 from configs.target import target_config
+from export.check import refuse_name
 from export.keymap import keymap
-from export.nextn import refuse_name
 from featurestore import open_store, steps_per_epoch
 
 __all__ = ["Plan", "is_frozen", "plan", "total_steps"]
@@ -119,7 +119,7 @@ def plan(config: RunConfig) -> Plan:
     """
     train = config.train
     refuse_name(config.export_dir)  # now, not after the days that training takes
-    model = target_config(config.target.path, planning=True)
+    model = target_config(config.require_target(), planning=True)
     trainable = frozen = 0
     for op in keymap(model):
         count = math.prod(op.shape)

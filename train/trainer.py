@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.errors import ConfigError, ContractError, InputError, Layer61Error
+from configs.errors import ContractError, InputError, Layer61Error
 from configs.files import atomic_write
 from configs.lock import hold
 from configs.progress import Task, log, task
@@ -162,8 +162,7 @@ def train(config: RunConfig) -> dict[str, Any] | None:
         ContractError: the store was dumped from another target.
         InputError, ConfigError, StoreError: the target, a checkpoint or the store is not usable.
     """
-    if config.target.path is None:
-        raise ConfigError("target.path is not set", "set it to the directory of the target checkpoint")
+    config.require_target()
     torch.manual_seed(config.run.seed)
     rank, world = zero.init_distributed()
     try:
@@ -176,12 +175,11 @@ def train(config: RunConfig) -> dict[str, Any] | None:
 
 def _train(config: RunConfig, rank: int, world: int, caught: list[int]) -> dict[str, Any]:
     settings, first = config.train, rank == 0
-    assert config.target.path is not None
     device, dtype = zero.device(), zero.dtype_of(settings)
     accumulation = settings.gradient_accumulation_steps
 
     store = open_store(config.train_store_path)
-    target = Checkpoint(config.target.path)
+    target = Checkpoint(config.require_target())
     contract = _check(config, store, target, first)
     column = state_column(contract)
     ops = keymap(target.config)
