@@ -8,11 +8,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from configs import run_dir
 from configs.errors import ConfigError
 from configs.files import read_json, write_json
 from configs.schema import RunConfig, Section
 
-__all__ = ["freeze", "load_config", "settings", "settings_file"]
+__all__ = ["freeze", "load_config", "settings"]
 
 
 def settings() -> Iterator[tuple[str, str, Any, str, bool]]:
@@ -133,11 +134,6 @@ def load_config(files: Sequence[Path | str], overrides: Sequence[str] = ()) -> R
         raise _explain(error, source) from None
 
 
-def settings_file(config: RunConfig, verb: str) -> Path:
-    """Where the settings lie under which a verb was first started in the run directory."""
-    return config.run.dir / f"config.{verb}.json"
-
-
 def freeze(config: RunConfig, verb: str, sections: Sequence[str]) -> Path:
     """Write the settings a verb depends on to `RUN/config.<verb>.json`, or compare with those already there.
 
@@ -145,7 +141,7 @@ def freeze(config: RunConfig, verb: str, sections: Sequence[str]) -> Path:
         ConfigError: an earlier start in this run directory had other values; every differing key is listed.
             Keys that only say how the work is done (`free` in the schema) and `run.dir` may differ.
     """
-    path = settings_file(config, verb)
+    path = run_dir.settings(config.run.dir, verb)
     free = {(section, key) for section, key, _, _, is_free in settings() if is_free} | {("run", "dir")}
     values = config.model_dump(mode="json", include=set(sections) | {"run"})
     if path.exists():

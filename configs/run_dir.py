@@ -1,13 +1,29 @@
 """The names in a run directory; which checkpoints are whole. Reads names and sizes, never a tensor.
 
-RUN/checkpoints/
-  latest               name of the newest checkpoint, one line, replaced by rename
-  best.json            {"format": 1, "checkpoint": name, "acceptance_length"} by offline acceptance
-  step_000200/
-    COMMIT.json        written last: {"format": 1, "files": {name: bytes}}
-    layer61.json       {"format": 1, "step", "ranks", "contract", "loader", "metrics"}
-    weights/           the layer under its checkpoint names: safetensors files and their index
-    deepspeed/         partitions of parameters and optimizer, one pair of files a rank
+RUN/
+  config.VERB.json     settings under which a verb was first started; later starts are compared with them
+  store/               the feature store (docs/store.md)
+  rejects.jsonl        dump: conversations left out, and why
+  probe.npz            dump: one document's states at the first start of an engine
+  engine.1-of-1.log    dump: what the engine of that worker prints
+  view.1-of-1/         dump: the target without sparse attention, as links, for that worker's engine
+  metrics.jsonl        train: one line a step
+  checkpoints/
+    latest             name of the newest checkpoint, one line, replaced by rename
+    best.json          {"format": 1, "checkpoint": name, "acceptance_length"} by offline acceptance
+    step_000200/
+      COMMIT.json      written last: {"format": 1, "files": {name: bytes}}
+      layer61.json     {"format": 1, "step", "ranks", "contract", "loader", "metrics"}
+      weights/         the layer under its checkpoint names: safetensors files and their index
+      deepspeed/       partitions of parameters and optimizer, one pair of files a rank
+  evaluate.NAME.json   evaluate: offline acceptance of the checkpoint of that name, or `released`
+  nextn/               export: what servers load; its layer61.json says what it was made from
+  verify/              verify: a log and a finished measurement of each engine
+  verify.json          verify: the result
+  summary.json         demo: the figures of its table
+  report.html          report
+  .ranks/              train: settings for the ranks of this machine, their result or errors
+  *.lock               one process of a verb at a time; dump.1-of-1.lock one of that worker
 """
 
 import re
@@ -21,42 +37,59 @@ __all__ = [
     "BEST",
     "COMMIT",
     "EVALUATIONS",
+    "EXPORT",
     "LATEST",
     "META",
     "METRICS",
     "PROBE",
+    "RANKS",
     "REJECTS",
     "REPORT",
+    "SETTINGS",
+    "STORE",
     "SUMMARY",
     "VERIFICATION",
     "VERIFY_WORK",
+    "WEIGHTS",
     "committed",
     "directory",
     "dump_lock",
     "engine_log",
     "evaluation",
+    "find_weights",
     "locate",
     "read_best",
     "read_meta",
+    "settings",
     "tag",
     "verb_lock",
     "view",
 ]
 
-REJECTS = "rejects.jsonl"  # dump: the conversations left out, and why
-PROBE = "probe.npz"  # dump: one document's states at the first start of an engine
-METRICS = "metrics.jsonl"  # train: one line a logged step
-EVALUATIONS = "evaluate.*.json"  # evaluate: see `evaluation`
-VERIFICATION = "verify.json"  # verify: its result
-VERIFY_WORK = "verify"  # verify: a directory of logs and finished measurements, engine by engine
-SUMMARY = "summary.json"  # demo: the figures of its table
+STORE = "store"
+REJECTS = "rejects.jsonl"
+PROBE = "probe.npz"
+METRICS = "metrics.jsonl"
+SETTINGS = "config.*.json"
+EVALUATIONS = "evaluate.*.json"
+EXPORT = "nextn"
+VERIFICATION = "verify.json"
+VERIFY_WORK = "verify"
+SUMMARY = "summary.json"
 REPORT = "report.html"
+RANKS = ".ranks"
 
 BEST = "best.json"
 COMMIT = "COMMIT.json"
 LATEST = "latest"
 META = "layer61.json"
+WEIGHTS = "weights"
 TAG = re.compile(r"^step_(\d{6,})$")
+
+
+def settings(run_dir: Path, verb: str) -> Path:
+    """The settings under which a verb was first started."""
+    return Path(run_dir) / SETTINGS.replace("*", verb)
 
 
 def evaluation(run_dir: Path, name: str) -> Path:
@@ -137,6 +170,24 @@ def locate(run_dir: Path, which: str) -> Path:
         )
     best = read_best(run_dir) if which == "best" else None
     return next((p for p in whole if best and p.name == best["checkpoint"]), whole[-1])
+
+
+def find_weights(run_dir: Path, which: str, target: Path) -> Path:
+    """Directory of the tensors that `evaluate.checkpoint` or `export.checkpoint` means.
+
+    Args:
+        run_dir: the run whose checkpoints `best` and `last` mean.
+        which: `best`, `last`, `released`, a checkpoint, or any directory of tensors with checkpoint names.
+        target: the target, which holds the released layer.
+
+    Raises:
+        InputError: as `locate`.
+    """
+    if which == "released":
+        return target
+    if which in ("last", "best") or (Path(which) / COMMIT).exists():
+        return locate(run_dir, which) / WEIGHTS
+    return Path(which)
 
 
 def read_best(run_dir: Path) -> dict[str, Any] | None:

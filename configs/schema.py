@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from configs import run_dir
 from configs.errors import ConfigError
 
 __all__ = [
@@ -314,7 +315,7 @@ class RunConfig(Section):
     @property
     def store_path(self) -> str:
         """Where `dump` writes: `dump.store`, or `store` in the run directory."""
-        return self.dump.store or str(self.run.dir / "store")
+        return self.dump.store or str(self.run.dir / run_dir.STORE)
 
     @property
     def train_store_path(self) -> str:
@@ -324,4 +325,4 @@ class RunConfig(Section):
     @property
     def export_dir(self) -> Path:
         """Where `export` writes: `export.dir`, or `nextn` in the run directory."""
-        return self.export.dir or self.run.dir / "nextn"
+        return self.export.dir or self.run.dir / run_dir.EXPORT

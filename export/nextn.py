@@ -35,7 +35,7 @@ from export.check import check, refuse_name
 from export.checkpoint import INDEX, Checkpoint, mtp_prefix
 from export.keymap import DROPPED, account, is_quantized, layer_shapes
 
-__all__ = ["MANIFEST", "Plan", "export", "find_checkpoint", "plan", "prepare", "run"]
+__all__ = ["MANIFEST", "Plan", "export", "plan", "prepare", "run"]
 
 MANIFEST = "layer61.json"
 Layout = Literal["nextn", "sglang-legacy", "stitched"]
@@ -132,8 +132,8 @@ def _weights(directory: Path, target: Checkpoint) -> tuple[Checkpoint, dict[str,
     """Open the layer's tensors and what is written beside them."""
     if directory == target.directory:
         return target, {}
-    if (directory / "weights").is_dir():
-        directory = directory / "weights"
+    if (directory / run_dir.WEIGHTS).is_dir():
+        directory = directory / run_dir.WEIGHTS
     weights = Checkpoint(directory, config=target.config)
     for manifest in (directory / MANIFEST, directory.parent / MANIFEST):
         if manifest.is_file():
@@ -552,25 +552,11 @@ def _write(plan: Plan, directory: Path, identity: dict[str, Any]) -> dict[str, A
     return manifest
 
 
-def find_checkpoint(config: RunConfig) -> Path:
-    """Directory of the weights that `export.checkpoint` means: `best`, `last`, `released` or a path.
-
-    Raises:
-        ConfigError: no target is set.
-        InputError: the run directory holds no whole checkpoint.
-    """
-    wanted = config.export.checkpoint
-    if wanted == "released":
-        return config.require_target()
-    if wanted in ("best", "last") or (Path(wanted) / run_dir.COMMIT).exists():
-        return run_dir.locate(config.run.dir, wanted)
-    return Path(wanted)
-
-
 def _arguments(config: RunConfig) -> dict[str, Any]:
+    target = config.require_target()
     return {
-        "weights_dir": find_checkpoint(config),
-        "target_dir": config.require_target(),
+        "weights_dir": run_dir.find_weights(config.run.dir, config.export.checkpoint, target),
+        "target_dir": target,
         "out_dir": config.export_dir,
         "layout": config.export.layout,
         "quantization": config.export.quantization,

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from configs import run_dir
 from configs.errors import ConfigError, InputError, Layer61Error, StoreError
-from configs.load import freeze, load_config, settings, settings_file
+from configs.load import freeze, load_config, settings
 from configs.lock import hold
 from configs.progress import console, log
 from configs.schema import RunConfig
@@ -97,7 +97,7 @@ def _stage(
     target_config(config.require_target())
     started = time.monotonic()
     with _alone(config, args.verb):
-        first = not settings_file(config, args.verb).exists()
+        first = not run_dir.settings(config.run.dir, args.verb).exists()
         kept = freeze(config, args.verb, sections)
         try:
             result = run(config)

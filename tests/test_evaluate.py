@@ -111,6 +111,9 @@ def test_acceptance_is_that_of_a_server_played_out_serially(tiny_checkpoint, sto
         assert together[key] == pytest.approx(value), key
 
 
+RELEASED = "evaluate.checkpoint=released"
+
+
 @pytest.fixture
 def config(tmp_path, tiny_checkpoint, store):
     def make(*overrides):
@@ -121,8 +124,8 @@ def config(tmp_path, tiny_checkpoint, store):
 
 
 def test_released_layer_is_measured_and_written_down(tmp_path, config):
-    assert "held-out documents" in evaluate.plan(config("evaluate.checkpoint=released"))
-    found = evaluate.run(config("evaluate.max_documents=5"), checkpoint="released")
+    assert "held-out documents" in evaluate.plan(config(RELEASED))
+    found = evaluate.run(config("evaluate.max_documents=5", RELEASED))
     assert found["documents"] == 5
     assert len(found["acceptance_per_position"]) == 3
     written = json.loads((tmp_path / "evaluate.released.json").read_text())
@@ -135,10 +138,10 @@ def test_what_does_not_fit_is_refused(tmp_path, tiny_checkpoint, tiny_config, co
     with pytest.raises(InputError, match="checkpoint"):
         evaluate.run(config(f"evaluate.checkpoint={tmp_path / 'nowhere'}"))
     with pytest.raises(InputError, match="no checkpoint"):
-        evaluate.run(config("target.path=/nowhere"), checkpoint="released")
+        evaluate.run(config("target.path=/nowhere", RELEASED))
     other = random_checkpoint(tmp_path / "other", tiny_config, seed=1)
     with pytest.raises(ContractError, match="norm_and_head_sha256"):
-        evaluate.run(config(f"target.path={other}"), checkpoint="released")
+        evaluate.run(config(f"target.path={other}", RELEASED))
     trained_on = write_store(tmp_path / "trained", tiny_checkpoint, lengths=[9, 9], held_out_every=100)
     only = open_store(trained_on)
     with pytest.raises(ConfigError, match="no held-out documents"):

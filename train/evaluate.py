@@ -36,7 +36,8 @@ class Tally(NamedTuple):
     """Counts that add up over documents; every entry float64, [S] but for the scalars.
 
     Attributes:
-        at_risk: drafts of the walk that were accepted up to, and whose target is known at, each step.
+        at_risk: drafts of the walk that reached each step: all earlier steps accepted, the target's token
+            here known.
         accepted: those accepted at the step as well.
         any_at_risk, any_accepted: the same over all anchors instead of the walk's.
         overlap: sum over anchors of the product of min(p, q) sums up to each step, anchors with all K steps.
@@ -226,18 +227,6 @@ def measure(
     return counts.result()
 
 
-def _weights(config: RunConfig) -> tuple[str, Path | None]:
-    """Name and directory of the weights that `evaluate.checkpoint` means; None for the target's own layer."""
-    which = config.evaluate.checkpoint
-    if which == "released":
-        return which, None
-    if which not in ("last", "best") and not (Path(which) / run_dir.COMMIT).exists():
-        # an export, or any directory of tensors with checkpoint names
-        return Path(which).name, Path(which)
-    path = run_dir.locate(config.run.dir, which)
-    return (which if which in ("last", "best") else path.name), path / "weights"
-
-
 def plan(config: RunConfig) -> str:
     """One line: what `layer61 evaluate` will measure."""
     try:
@@ -253,12 +242,8 @@ def plan(config: RunConfig) -> str:
     )
 
 
-def run(config: RunConfig, checkpoint: str | None = None) -> dict[str, Any]:
+def run(config: RunConfig) -> dict[str, Any]:
     """Measure a checkpoint on the held-out documents and write `RUN/evaluate.NAME.json`.
-
-    Args:
-        config: the configuration.
-        checkpoint: overrides `evaluate.checkpoint`.
 
     Returns:
         acceptance_length and acceptance_per_position as a server would measure them, the same over all
@@ -269,17 +254,15 @@ def run(config: RunConfig, checkpoint: str | None = None) -> dict[str, Any]:
         InputError: there is no such checkpoint.
         ConfigError: there is nothing to evaluate on.
     """
-    if checkpoint is not None:
-        evaluate = config.evaluate.model_copy(update={"checkpoint": checkpoint})
-        config = config.model_copy(update={"evaluate": evaluate})
     target = config.require_target()
-    name, weights = _weights(config)
+    name = Path(config.evaluate.checkpoint).name
+    weights = run_dir.find_weights(config.run.dir, config.evaluate.checkpoint, target)
     store = open_store(config.train_store_path)
     documents = held_out(store, config.evaluate.max_documents)
     check_contract(store, target)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32
-    layer = load_layer(target, weights=weights, dtype=dtype, device=device)
+    layer = load_layer(target, weights=None if weights == target else weights, dtype=dtype, device=device)
     check_lengths(store, layer.dims.index_topk)
     draft = Draft(layer, config.train)
     with task("evaluate", len(documents)) as bar:
@@ -293,8 +276,8 @@ def run(config: RunConfig, checkpoint: str | None = None) -> dict[str, Any]:
             device=device,
             progress=bar.advance,
         )
-    found |= {"checkpoint": name, "weights": str(weights or target), "store": config.train_store_path}
-    write_json(config.run.dir / f"evaluate.{name}.json", {"format": 1, **found})
+    found |= {"checkpoint": name, "weights": str(weights), "store": config.train_store_path}
+    write_json(run_dir.evaluation(config.run.dir, name), {"format": 1, **found})
     log(
         "evaluate",
         f"{name}: acceptance length {found['acceptance_length']:.3f}, by position "
