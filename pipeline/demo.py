@@ -186,5 +186,5 @@ def run(files: Sequence[str], overrides: Sequence[str], *, dry_run: bool = False
     )
     for verb, place in places.items():
         console.print(f"{verb:<9} {place}")
-    console.print(f"summary   {run_dir / 'summary.json'}")
+    console.print(f"summary   {folder / run_dir.SUMMARY}")
     return 0
