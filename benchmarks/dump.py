@@ -25,7 +25,7 @@ from configs.schema import PromptsConfig, RunConfig, TinyConfig
 from configs.target import target_config
 from pipeline.capture.engine import EngineSettings
 from pipeline.capture.process import ENVIRONMENT, Capture
-from pipeline.dump import contract
+from pipeline.capture.settings import contract
 from pipeline.prompts import Document, load_prompts
 from pipeline.view import make_view
 

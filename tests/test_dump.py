@@ -19,8 +19,11 @@ from configs.files import write_json
 from configs.load import load_config
 from configs.schema import RunConfig
 from featurestore import StoreWriter, open_store
+from pipeline.blocks import blocks
+from pipeline.capture.probe import check_states
+from pipeline.capture.settings import contract
 from pipeline.cli import main
-from pipeline.dump import blocks, check_probe, contract, plan, run
+from pipeline.dump import plan, run
 from pipeline.prompts import load_prompts
 
 COUNT, BLOCK = 44, 4
@@ -195,7 +198,8 @@ def test_a_store_of_another_target_is_refused_before_an_engine_starts(config):
     assert not list(config.run.dir.glob("engine*"))
 
 
-def test_ray_is_asked_for_only_where_it_is_needed(config):
+def test_ray_is_asked_for_only_where_it_is_needed(config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)  # as where it is not installed
     with pytest.raises(ConfigError, match="Ray is not installed"):
         run(changed(config, dump__ray=True))
 
@@ -208,19 +212,19 @@ def test_probe_passes_rounding_and_a_few_router_choices_and_no_more():
         return states.bfloat16().view(torch.uint16).numpy()
 
     near = first.float() * (1 + 0.005 * torch.randn(first.shape, generator=torch.Generator().manual_seed(1)))
-    check_probe(bits(near), bits(first), "log")
+    check_states(bits(near), bits(first), "log")
     near[:5] = 0
-    check_probe(bits(near), bits(first), "log")
+    check_states(bits(near), bits(first), "log")
     with pytest.raises(CaptureError, match="median relative error"):
-        check_probe(bits(first * 1.1), bits(first), "log")
+        check_states(bits(first * 1.1), bits(first), "log")
     with pytest.raises(CaptureError, match="100% of the tokens"):
-        check_probe(bits(first.roll(1, 0)), bits(first), "log")
+        check_states(bits(first.roll(1, 0)), bits(first), "log")
     with pytest.raises(CaptureError, match="states"):
-        check_probe(bits(first[:50]), bits(first), "log")
+        check_states(bits(first[:50]), bits(first), "log")
     broken = first.clone()
     broken[:] = float("nan")
     with pytest.raises(CaptureError):
-        check_probe(bits(broken), bits(first), "log")
+        check_states(bits(broken), bits(first), "log")
 
 
 def command(config: RunConfig, run_dir: Path) -> list[str]:

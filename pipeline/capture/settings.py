@@ -1,0 +1,85 @@
+"""From the settings of a run to what its engine is told, and to the contract of what it captures."""
+
+from typing import Any
+
+from configs import run_dir
+from configs.contract import Contract, Engine, State, norm_and_head_sha256, target_contract
+from configs.errors import ConfigError
+from configs.provenance import vllm_version
+from configs.schema import RunConfig
+from pipeline.capture.engine import EngineSettings
+from pipeline.prompts import Prompts
+from pipeline.view import make_view
+
+__all__ = ["choose_view", "contract", "engine_settings"]
+
+
+def choose_view(config: RunConfig, target: dict[str, Any]) -> str:
+    """`native` or `v3`, from `dump.view` and what this machine can do.
+
+    Raises:
+        ConfigError: the view cannot serve this target, here, or at this document length.
+    """
+    sparse = target.get("model_type") == "deepseek_v32"
+    view = config.dump.view
+    if not sparse:
+        return "native"
+    from torch import cuda
+
+    if view == "auto":
+        view = "native" if cuda.is_available() else "v3"
+    if view == "native" and not cuda.is_available() and config.target.path and config.target.path.exists():
+        raise ConfigError(
+            "dump.view = 'native': vLLM has no sparse attention without a GPU", "set dump.view to auto or v3"
+        )
+    if view == "v3" and config.prompts.max_length > target["index_topk"]:
+        raise ConfigError(
+            f"prompts.max_length = {config.prompts.max_length} is more than index_topk ="
+            f" {target['index_topk']} tokens, up to which the V3 view computes what the target computes",
+            f"set prompts.max_length to {target['index_topk']} or less, or dump.view to native on a GPU",
+        )
+    return view
+
+
+def contract(config: RunConfig, prompts: Prompts, view: str) -> Contract:
+    """What the states of this dump are, and which target they belong to; reads the target's norm and head.
+
+    Raises:
+        InputError: the target is incomplete.
+    """
+    target = target_contract(config.require_target())
+    return Contract(
+        target=target,
+        norm_and_head_sha256=norm_and_head_sha256(config.require_target()),
+        tokenizer_sha256=prompts.tokenizer_sha256,
+        template=prompts.template,
+        engine=Engine(
+            name="vllm",
+            version=vllm_version().partition("+")[0],
+            tp=config.dump.tensor_parallel_size,
+            view=view,
+        ),
+        states=(State(site="post_norm", layer=target.num_hidden_layers),),
+        max_length=config.prompts.max_length,
+    )
+
+
+def engine_settings(config: RunConfig, prompts: Prompts, agreed: dict[str, Any], view: str) -> EngineSettings:
+    """What the engine of this worker is told; makes the view it serves in the run directory."""
+    model = config.require_target()
+    if view == "v3":
+        model = make_view(model, run_dir.view(config.run.dir, config.dump.worker))
+    return EngineSettings(
+        model=str(model),
+        max_length=config.prompts.max_length,
+        tensor_parallel_size=config.dump.tensor_parallel_size,
+        seed=config.run.seed,
+        stop_ids=prompts.stop_ids,
+        store=config.store_path,
+        contract=agreed,
+        compression=config.dump.compression,
+        writer_threads=config.dump.writer_threads,
+        queue_bytes=config.dump.queue_bytes,
+        log=str(run_dir.engine_log(config.run.dir, config.dump.worker)),
+        vllm=config.dump.vllm,
+    )

@@ -1,0 +1,64 @@
+"""A dump over a Ray cluster: actors take blocks from one list, an engine each."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from configs import run_dir
+from configs.errors import ConfigError
+from configs.progress import log, task
+from configs.schema import RunConfig
+from configs.target import target_config
+from pipeline.blocks import Block, blocks
+from pipeline.capture.engine import EngineSettings
+from pipeline.capture.session import Session
+from pipeline.capture.settings import choose_view, contract, engine_settings
+from pipeline.prompts import load_prompts
+
+__all__ = ["capture_over_ray"]
+
+
+def capture_over_ray(config: RunConfig, todo: Sequence[Block], captured: dict[str, Any]) -> None:
+    """Let actors take blocks from the list, one engine each; the files must be visible on every machine."""
+    try:
+        import ray
+        from ray.util import ActorPool
+    except ImportError:
+        raise ConfigError(
+            "dump.ray is set and Ray is not installed", "pip install ray, or set dump.worker = 'k/n' by hand"
+        ) from None
+    if not ray.is_initialized():
+        ray.init(address=os.environ.get("RAY_ADDRESS"))
+    gpus = config.dump.tensor_parallel_size if ray.cluster_resources().get("GPU") else 0
+    free = ray.cluster_resources().get("GPU", 0) // gpus if gpus else len(ray.nodes())
+    actors = max(1, min(int(free), len(todo)))
+    log("dump", f"{len(todo):,} blocks over {actors} Ray actors with {gpus} GPUs each")
+    remote = ray.remote(num_gpus=gpus, num_cpus=1)(BlockActor)
+    pool = ActorPool([remote.remote(config.model_dump(mode="json"), i) for i in range(actors)])
+    with task("dump", sum(b.most_tokens for b in todo)) as progress:
+        sizes = {b.name: b.most_tokens for b in todo}
+        names = [b.name for b in todo]
+        for name, tokens in pool.map_unordered(lambda actor, block: actor.run.remote(block), names):
+            captured["tokens"] += tokens
+            progress.advance(sizes[name], f"{captured['tokens']:,} tokens written")
+
+
+class BlockActor:
+    """One engine in a Ray cluster; finds its blocks itself, from the same settings and input."""
+
+    def __init__(self, values: dict[str, Any], number: int) -> None:
+        config = RunConfig.model_validate(values)
+        view = choose_view(config, target_config(config.require_target()))
+        prompts = load_prompts(config.prompts, config.require_target(), config.run.seed)
+        agreed = contract(config, prompts, view).model_dump(mode="json")
+        place = config.run.model_copy(update={"dir": config.run.dir / f"ray{number}"})
+        settings = engine_settings(config.model_copy(update={"run": place}), prompts, agreed, view)
+        settings = EngineSettings(**vars(settings) | {"store": config.store_path})
+        self._blocks = {b.name: b for b in blocks(config, prompts)}
+        probe = config.run.dir / run_dir.PROBE if config.dump.probe else None
+        self._session = Session(settings, probe, prompts.documents[0].input_ids)
+
+    def run(self, name: str) -> tuple[str, int]:
+        """Capture and commit a block; its name and its tokens."""
+        result = self._session.run(self._blocks[name], lambda tokens: None)
+        return name, result.tokens if result else 0
