@@ -12,7 +12,8 @@ from moto.server import ThreadedMotoServer
 
 import featurestore
 from configs.errors import ContractError, PartExistsError, StoreCorruptError, StoreError, StoreNotFoundError
-from featurestore import Loader, StoreWriter, objects, open_store, part_exists, publish
+from featurestore import Loader, StoreWriter, open_store, part_exists, publish, remote
+from featurestore.objects import open_objects
 from tests.documents import CONTRACT, append, assert_same, make, write
 
 MADE = [make(uid, length, 2, 64) for uid, length in enumerate([1, 130, 64, 7, 200])]
@@ -161,7 +162,7 @@ def test_commit_markers_are_checked_and_made_again(request, content) -> None:
     write(url, MADE, part="a")
     write(url, MORE, part="b")
     publish(url)
-    bucket = objects.open_objects(url)
+    bucket = open_objects(url)
     if content is None:
         bucket.delete("commits/a")
     else:
@@ -181,7 +182,7 @@ def test_a_marker_of_an_unpublished_part_that_names_nothing_is_reported() -> Non
     write(url, MADE, part="a")
     publish(url)
     write(url, MORE, part="b")
-    objects.open_objects(url).write("commits/b", b"x")
+    open_objects(url).write("commits/b", b"x")
     with pytest.raises(StoreCorruptError, match="commits/b"):
         publish(url)
     assert [p.object for p in featurestore.verify(url, repair=True).problems] == ["commits/b"]
@@ -284,7 +285,7 @@ def test_long_ranges_are_fetched_in_parallel(gate, monkeypatch) -> None:
     long = make(1, 3000, 1, 512)
     write(url, [make(0, 5, 1, 512), long])
     publish(url)
-    monkeypatch.setattr(objects, "REMOTE_PIECE", 256 << 10)
+    monkeypatch.setattr(remote, "PIECE", 256 << 10)
     store = open_store(url)
     gate.requests.clear()
     gate.most_in_flight = 0
@@ -310,7 +311,7 @@ def test_a_server_that_stays_away_is_named(gate, monkeypatch) -> None:
     url = "s3://features/away"
     write(url, MADE)
     publish(url)
-    monkeypatch.setattr(objects, "REMOTE_TRIES", 2)
+    monkeypatch.setattr(remote, "TRIES", 2)
     store = open_store(url)
     gate.fail = 10_000
     try:
