@@ -376,53 +376,27 @@ def _publish_once(
     gone: set[str],
     rebuilt: bool,
 ) -> dict[str, Any] | None:
+    """The next version, the old one if nothing changed, None if another publisher came first."""
     versions = manifest_versions(objects)
     old = _newest_readable(objects, versions, rebuilt)
+    old_parts = old["parts"] if old else []
     dropped = (set(old["dropped"]) if old else set()) - forgotten | drop_now
-    kept = [e for e in old["parts"] if e["name"] not in dropped | gone] if old else []
-    if rebuilt:
-        kept = []
+    kept = [] if rebuilt else [e for e in old_parts if e["name"] not in dropped | gone]
     found = committed_parts(objects, [e["name"] for e in kept])
     new = {name: path for name, path in found.items() if name not in dropped}
-    whole = rebuilt or old is None or len(kept) < len(old["parts"])
-    if old and not new and not whole and dropped == set(old["dropped"]):
-        return old
+    base = old if not rebuilt and len(kept) == len(old_parts) else None  # its index only grows
+    if base and not new and dropped == set(base["dropped"]):
+        return base
     with ThreadPoolExecutor(8) as pool:
-        added = list(pool.map(lambda item: part_entry(objects, *item), new.items()))
-        if rebuilt and old:  # keep the order, and with it which of two equal uids wins
-            place = {e["name"]: i for i, e in enumerate(old["parts"])}
-            added.sort(key=lambda item: place.get(item[0]["name"], len(place)))
-        for entry, record in added:
-            what = f"part {entry['name']} and store {objects.url}"
-            require_same(record["contract"], root["contract"], what, hint="remove that part from the store")
-        if whole and kept:
-            records = list(pool.map(lambda e: part_entry(objects, e["name"], e["path"])[1], kept))
-            rows_of = list(zip(kept, records, strict=True))
-        else:
-            rows_of = []
-        rows_of += added
-        rows = list(pool.map(lambda item: part_rows(objects, item[0]["path"], item[1]), rows_of))
-    parts = kept + [entry for entry, _ in added]
-    states, hidden_size = _common_shape(objects, parts)
-    if whole or old is None:
-        index, sources, first = None, [], 0
-    else:
-        index, sources, first = read_index(objects, old), list(old["sources"]), len(kept)
-    numbers = {name: i for i, name in enumerate(sources)}
-    pieces = [index] if index else []
-    for number, (row, (_, record)) in enumerate(zip(rows, rows_of, strict=True), start=first):
-        codes = [numbers.setdefault(name, len(numbers)) for name in record["sources"]]
-        row["source"] = np.array(codes, np.uint32)[row["source"]] if codes else row["source"]
-        row["part"] = np.full(len(row["uid"]), number, np.uint32)
-        pieces.append(row)
-    joined = {
-        field: np.concatenate([np.zeros(0, dtype)] + [p[field].astype(dtype, copy=False) for p in pieces])
-        for field, dtype in INDEX_FIELDS
-    }
-    _, first_rows = np.unique(joined["uid"], return_index=True)  # the first part wins
-    keep = np.sort(first_rows)
-    joined = {field: values[keep] for field, values in joined.items()}
+        added = _admit(pool, objects, root, new, old_parts)
+        parts = kept + [entry for entry, _ in added]
+        states, hidden_size = _common_shape(objects, parts)
+        if base is None:
+            records = pool.map(lambda e: part_entry(objects, e["name"], e["path"])[1], kept)
+            added = [*zip(kept, records, strict=True), *added]
+        index, sources = _join(pool, objects, base, added)
     version = versions[-1] + 1 if versions else 1
+    documents = len(index["uid"])
     manifest = seal(
         {
             "schema": SCHEMA,
@@ -433,14 +407,14 @@ def _publish_once(
             "hidden_size": hidden_size,
             "totals": {
                 "parts": len(parts),
-                "documents": len(keep),
-                "tokens": int(joined["length"].sum(dtype=np.int64)),
-                "loss_tokens": int(joined["n_loss"].sum(dtype=np.int64)),
+                "documents": documents,
+                "tokens": int(index["length"].sum(dtype=np.int64)),
+                "loss_tokens": int(index["n_loss"].sum(dtype=np.int64)),
                 "bytes": sum(e["bytes"] for e in parts),
-                "duplicates": sum(e["documents"] for e in parts) - len(keep),
+                "duplicates": sum(e["documents"] for e in parts) - documents,
             },
-            "sources": list(numbers),
-            "index": write_index(objects, version, joined),
+            "sources": sources,
+            "index": write_index(objects, version, index),
             "dropped": sorted(dropped & (committed_parts(objects).keys() if dropped else set())),
             "parts": parts,
         }
@@ -450,6 +424,47 @@ def _publish_once(
     except FileExistsError:
         return None
     return manifest
+
+
+def _admit(
+    pool: ThreadPoolExecutor,
+    objects: Objects,
+    root: dict[str, Any],
+    new: dict[str, str],
+    old_parts: list[dict[str, Any]],
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Entries and records of `new` parts, checked against the contract, in the order of `old_parts`."""
+    added = list(pool.map(lambda item: part_entry(objects, *item), new.items()))
+    for entry, record in added:
+        what = f"part {entry['name']} and store {objects.url}"
+        require_same(record["contract"], root["contract"], what, hint=f"move {entry['path']} elsewhere")
+    place = {e["name"]: i for i, e in enumerate(old_parts)}  # the order says which of two equal uids wins
+    return sorted(added, key=lambda item: place.get(item[0]["name"], len(place)))
+
+
+def _join(
+    pool: ThreadPoolExecutor,
+    objects: Objects,
+    base: dict[str, Any] | None,
+    added: list[tuple[dict[str, Any], dict[str, Any]]],
+) -> tuple[Index, list[str]]:
+    """Index rows of manifest `base`, if any, then those of `added` parts; and the names of the sources."""
+    rows = pool.map(lambda item: part_rows(objects, item[0]["path"], item[1]), added)
+    pieces = [read_index(objects, base)] if base else []
+    numbers = {name: i for i, name in enumerate(base["sources"])} if base else {}
+    first = len(base["parts"]) if base else 0
+    for number, (row, (_, record)) in enumerate(zip(rows, added, strict=True), start=first):
+        codes = [numbers.setdefault(name, len(numbers)) for name in record["sources"]]
+        row["source"] = np.array(codes, np.uint32)[row["source"]] if codes else row["source"]
+        row["part"] = np.full(len(row["uid"]), number, np.uint32)
+        pieces.append(row)
+    joined = {
+        field: np.concatenate([np.zeros(0, dtype)] + [p[field].astype(dtype, copy=False) for p in pieces])
+        for field, dtype in INDEX_FIELDS
+    }
+    _, first_rows = np.unique(joined["uid"], return_index=True)  # the first part wins
+    keep = np.sort(first_rows)
+    return {field: values[keep] for field, values in joined.items()}, list(numbers)
 
 
 def _newest_readable(objects: Objects, versions: list[int], rebuilt: bool) -> dict[str, Any] | None:
