@@ -13,39 +13,29 @@ in the directory says what it was made from, which makes a second run a no-op.
 """
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 
 from configs import run_dir
 from configs.contract import norm_and_head_sha256, require_same, target_contract
 from configs.errors import ConfigError, InputError
 from configs.files import read_json, sha256_file, write_json
 from configs.progress import log, task
-from configs.schema import RunConfig
-from configs.target import target_config
 from export import fp8
 from export.check import check, refuse_name
 from export.checkpoint import INDEX, Checkpoint, mtp_prefix
+from export.directory import MANIFEST, copy_companions, save, write_once
 from export.keymap import DROPPED, account, is_quantized, layer_shapes
 
-__all__ = ["MANIFEST", "Plan", "export", "plan", "prepare", "run"]
+__all__ = ["Entry", "Layout", "Plan", "Quantization", "export", "prepare"]
 
-MANIFEST = "layer61.json"
 Layout = Literal["nextn", "sglang-legacy", "stitched"]
 Quantization = Literal["auto", "none", "fp8"]
 
-# copied from the target; neither server reads the tokenizer of a draft, but tools that open the directory do
-COPIED = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.jinja"),
-    *("generation_config.json", "configuration_*.py", "modeling_*.py", "LICENSE*"),
-)
 # what a DeepSeek-V3.2 checkpoint says about its own float8 weights
 FP8_CONFIG = {
     "activation_scheme": "dynamic",
@@ -78,10 +68,14 @@ class Entry:
             out[self.scale] = (fp8.scale_shape(self.shape, block), torch.float32)
         return out
 
+    def num_bytes(self, block: tuple[int, int]) -> int:
+        """Bytes of what is written, scales included."""
+        return sum(_num_bytes(*x) for x in self.stored(block).values())
+
 
 @dataclass(frozen=True)
 class Plan:
-    """What an export will write; `fingerprint` says from what, `files` how.
+    """What an export will write; from headers alone.
 
     Attributes:
         entries: every tensor, in order.
@@ -170,7 +164,7 @@ def _pack(
     groups: list[list[Entry]] = [[]]
     used = 0
     for entry in entries:
-        size = sum(_num_bytes(*x) for x in entry.stored(block).values())
+        size = entry.num_bytes(block)
         if groups[-1] and used + size > limit:
             groups.append([])
             used = 0
@@ -192,7 +186,6 @@ def prepare(
     *,
     layout: Layout = "nextn",
     quantization: Quantization = "auto",
-    contract: dict[str, Any] | None = None,
     file_bytes: int = FILE_BYTES,
 ) -> Plan:
     """Check every input by its headers and say what would be written; arguments and errors as `export`."""
@@ -201,29 +194,64 @@ def prepare(
     target = Checkpoint(Path(target_dir).absolute())
     target_names = target.mtp_names()
     weights, said = _weights(Path(weights_dir).absolute(), target)
-    _compare_contracts(weights, target, said, contract)
-
-    prefix, shapes = mtp_prefix(target.config), layer_shapes(target.config)
-    needed = [name for name in shapes if name not in DROPPED]
-    dropped = [prefix + name for name in DROPPED]
-    for source, names in ((target, target_names), (weights, weights.mtp_names())):
-        scales = {source.scale_name(name) for name in names}
-        plain = [name for name in names if name not in scales]
-        account(plain, [prefix + n for n in needed], str(source.directory), optional=dropped)
-        wrong = [
-            f"{n} has shape {source.shape(prefix + n)}, expected {shapes[n]}"
-            for n in needed
-            if source.shape(prefix + n) != shapes[n]
-        ]
-        if wrong:
-            raise InputError(
-                f"{source.directory} does not fit {target.directory}/config.json: {'; '.join(wrong[:3])}"
-            )
+    _compare_contracts(weights, target, said)
+    _check_layer(target, target_names, target)
+    _check_layer(weights, weights.mtp_names(), target)
 
     scheme = _scheme(target, quantization)
-    block = target.block
+    config = _config(target, layout, scheme)
+    if layout == "stitched" and config is not None:
+        raise ConfigError(
+            f"export.quantization = {quantization!r} differs from the target's own, which the other layers"
+            " of a stitched checkpoint keep",
+            'set export.quantization = "auto", or export.layout = "nextn"',
+        )
+    entries = _entries(target, layout, scheme)
+    kept, links = _rest(target) if layout == "stitched" else ({}, ())
+    stem = f"model-layer{target.config['num_hidden_layers']}" if layout == "stitched" else "model"
+    return Plan(
+        weights=weights,
+        target=target,
+        directory=out,
+        layout=layout,
+        quantization=scheme,
+        entries=entries,
+        files=_pack(entries, target.block, file_bytes, stem),
+        num_bytes=sum(e.num_bytes(target.block) for e in entries)
+        + sum(_num_bytes(target.shape(n), target.dtype(n)) for names in kept.values() for n in names),
+        config=config,
+        contract=said.get("contract"),
+        step=said.get("step"),
+        kept=kept,
+        links=links,
+    )
+
+
+def _check_layer(source: Checkpoint, names: Iterable[str], target: Checkpoint) -> None:
+    """Check that `names` are exactly the tensors of one layer, in the shapes that the target's sizes give."""
+    prefix, shapes = mtp_prefix(target.config), layer_shapes(target.config)
+    expected = {prefix + name: shape for name, shape in shapes.items() if name not in DROPPED}
+    scales = {source.scale_name(name) for name in names}
+    plain = [name for name in names if name not in scales]
+    account(plain, expected, str(source.directory), optional=[prefix + name for name in DROPPED])
+    wrong = [
+        f"{name.removeprefix(prefix)} has shape {source.shape(name)}, expected {shape}"
+        for name, shape in expected.items()
+        if source.shape(name) != shape
+    ]
+    if wrong:
+        raise InputError(
+            f"{source.directory} does not fit {target.directory}/config.json: {'; '.join(wrong[:3])}"
+        )
+
+
+def _entries(target: Checkpoint, layout: Layout, scheme: Literal["none", "fp8"]) -> tuple[Entry, ...]:
+    """Every tensor to write, in the layer's order: the target's dtype, but for what the scheme changes."""
+    prefix = mtp_prefix(target.config)
     entries = []
-    for name in needed:
+    for name, shape in layer_shapes(target.config).items():
+        if name in DROPPED:
+            continue
         in_target = target.scale_name(prefix + name) is not None
         quantized = scheme == "fp8" and (in_target or (target.quantization is None and is_quantized(name)))
         dtype = target.dtype(prefix + name)
@@ -232,63 +260,48 @@ def prepare(
         elif in_target:
             dtype = torch.bfloat16
         written = f"model.layers.0.{name}" if layout == "sglang-legacy" else prefix + name
-        entries.append(Entry(name, written, shapes[name], dtype, quantized))
+        entries.append(Entry(name, written, shape, dtype, quantized))
+    return tuple(entries)
 
-    config: dict[str, Any] | None = dict(target.config)
-    assert config is not None
+
+def _config(target: Checkpoint, layout: Layout, scheme: Literal["none", "fp8"]) -> dict[str, Any] | None:
+    """config.json of the directory; None where it is the target's."""
+    config = dict(target.config)
     if scheme == "none":
         config.pop("quantization_config", None)
     elif target.quantization is None:
         config["quantization_config"] = FP8_CONFIG
     if layout == "sglang-legacy":
         config |= {"num_hidden_layers": 1, "architectures": ["DeepseekV3ForCausalLMNextN"]}
-    if config == target.config:
-        config = None
-    elif layout == "stitched":
-        raise ConfigError(
-            f"export.quantization = {quantization!r} differs from the target's own, which the other layers"
-            " of a stitched checkpoint keep",
-            'set export.quantization = "auto", or export.layout = "nextn"',
-        )
+    return None if config == target.config else config
 
-    stem = f"model-layer{target.config['num_hidden_layers']}" if layout == "stitched" else "model"
-    files = _pack(tuple(entries), block, file_bytes, stem)
+
+def _rest(target: Checkpoint) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
+    """What a stitched checkpoint takes from the target.
+
+    Returns:
+        Names of the tensors that each rewritten file keeps; files that can be linked.
+    """
+    prefix = mtp_prefix(target.config)
+    replaced = {prefix + name for name in layer_shapes(target.config) if name not in DROPPED}
+    replaced |= {scale for name in replaced if (scale := target.scale_name(name)) is not None}
+    content: dict[str, list[str]] = {}
+    for name in target.names:
+        content.setdefault(target.file(name), []).append(name)
     kept: dict[str, tuple[str, ...]] = {}
     links: list[str] = []
-    if layout == "stitched":
-        replaced = {name for e in entries for name in (prefix + e.name, target.scale_name(prefix + e.name))}
-        content: dict[str, list[str]] = {}
-        for name in target.names:
-            content.setdefault(target.file(name), []).append(name)
-        for file, held in content.items():
-            # a server reads whole files, so a linked one must not hold the old layer
-            if replaced.isdisjoint(held):
-                links.append(file)
-            elif rest := tuple(name for name in held if name not in replaced):
-                # a file of this name would be taken for the whole checkpoint
-                kept["model-rest.safetensors" if file == "model.safetensors" else file] = rest
-    return Plan(
-        weights=weights,
-        target=target,
-        directory=out,
-        layout=layout,
-        quantization=scheme,
-        entries=tuple(entries),
-        files=files,
-        num_bytes=sum(_num_bytes(*x) for e in entries for x in e.stored(block).values())
-        + sum(_num_bytes(target.shape(n), target.dtype(n)) for names in kept.values() for n in names),
-        config=config,
-        contract=contract if contract is not None else said.get("contract"),
-        step=said.get("step"),
-        kept=kept,
-        links=tuple(links),
-    )
+    for file, held in content.items():
+        # a server reads whole files, so a linked one must not hold the old layer
+        if replaced.isdisjoint(held):
+            links.append(file)
+        elif rest := tuple(name for name in held if name not in replaced):
+            # a file of this name would be taken for the whole checkpoint
+            kept["model-rest.safetensors" if file == "model.safetensors" else file] = rest
+    return kept, tuple(links)
 
 
-def _compare_contracts(
-    weights: Checkpoint, target: Checkpoint, said: dict[str, Any], contract: dict[str, Any] | None
-) -> None:
-    """Check that the layer was trained for this target and under the expected contract."""
+def _compare_contracts(weights: Checkpoint, target: Checkpoint, said: dict[str, Any]) -> None:
+    """Check that the layer was trained for this target."""
     trained = said.get("contract")
     if trained is None:
         return
@@ -304,8 +317,6 @@ def _compare_contracts(
             what,
             hint=hint,
         )
-    if contract is not None:
-        require_same(trained, contract, f"weights {weights.directory} and the contract given", hint=hint)
 
 
 def _identity(plan: Plan) -> dict[str, Any]:
@@ -321,28 +332,6 @@ def _identity(plan: Plan) -> dict[str, Any]:
         files = sorted({plan.weights.file(name) for name in plan.weights.names})
         identity["weights"] = {file: sha256_file(plan.weights.directory / file) for file in files}
     return identity
-
-
-def _finished(plan: Plan, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest of an identical export in place; None where there is nothing yet."""
-    out = plan.directory
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    hint = f"remove {out}, or set export.dir to another directory"
-    try:
-        manifest = read_json(out / MANIFEST)
-        sizes, made_from = manifest["files"], manifest["identity"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{out} exists and is not an export of this program", hint) from None
-    damaged = [f for f, n in sizes.items() if not (out / f).is_file() or (out / f).stat().st_size != n]
-    if damaged:
-        raise InputError(
-            f"the export at {out} is damaged: {', '.join(damaged[:3])} missing or cut short", hint
-        )
-    if made_from != identity:
-        differing = sorted(k for k in identity if made_from.get(k) != identity[k])
-        raise InputError(f"{out} holds another export: {', '.join(differing)} differ", hint)
-    return manifest
 
 
 def _convert(entry: Entry, plan: Plan) -> tuple[dict[str, torch.Tensor], dict[str, float] | None, bool]:
@@ -398,17 +387,6 @@ def _summary(errors: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]
     }
 
 
-def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    save_file(tensors, path, metadata={"format": "pt"})
-    with open(path, "rb") as f:
-        os.fsync(f.fileno())
-
-
-def _copied(target: Path) -> Iterator[Path]:
-    for pattern in COPIED:
-        yield from (p for p in sorted(target.glob(pattern)) if p.is_file())
-
-
 def export(
     weights_dir: Path | str,
     target_dir: Path | str,
@@ -416,8 +394,6 @@ def export(
     *,
     layout: Layout = "nextn",
     quantization: Quantization = "auto",
-    contract: dict[str, Any] | None = None,
-    dry_run: bool = False,
     file_bytes: int = FILE_BYTES,
 ) -> dict[str, Any]:
     """Write a layer as a draft directory, published by one rename; memory is that of one file.
@@ -429,59 +405,84 @@ def export(
         out_dir: directory to write; an identical export in place is left as it is.
         layout: see the module's table.
         quantization: `auto` as the target's; `none` bfloat16; `fp8` in blocks of 128 x 128.
-        contract: contract the weights must have been trained under, in JSON form; by default the one beside
-            the weights is taken over.
-        dry_run: check, say what would be written, and stop.
         file_bytes: most bytes of one file.
 
     Returns:
         `layer61.json` of the directory (identity, contract, step, files, rounding errors, servers that load
-        it), with `directory` and `reused`; for a dry run `directory`, `tensors`, `bytes`, `files`.
+        it), with `directory` and `reused`.
 
     Raises:
         InputError: a checkpoint is incomplete, of other sizes, not finite, or `out_dir` holds something else.
-        ContractError: the weights were trained for another target or under another contract.
+        ContractError: the weights were trained for another target.
         ConfigError: the path would mislead vLLM, or layout and quantisation exclude each other.
     """
     planned = prepare(
-        weights_dir,
-        target_dir,
-        out_dir,
-        layout=layout,
-        quantization=quantization,
-        contract=contract,
-        file_bytes=file_bytes,
+        weights_dir, target_dir, out_dir, layout=layout, quantization=quantization, file_bytes=file_bytes
     )
-    if dry_run:
-        log("export", planned.describe())
-        return {
-            "directory": str(planned.directory),
-            "tensors": planned.num_tensors,
-            "bytes": planned.num_bytes,
-            "files": list(planned.files),
-        }
-    identity = _identity(planned)
-    if done := _finished(planned, identity):
+    manifest, reused = write_once(planned.directory, _identity(planned), lambda out: _write(planned, out))
+    if reused:
         log("export", f"already done: {planned.directory} is this export; nothing to do")
-        return {**done, "directory": str(planned.directory), "reused": True}
-    partial = planned.directory.with_name(f".{planned.directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        manifest = _write(planned, partial, identity)
-        os.rename(partial, planned.directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    log("export", f"wrote {planned.directory}; loads in {' and '.join(manifest['servers'])}")
-    return {**manifest, "directory": str(planned.directory), "reused": False}
+    else:
+        log("export", f"wrote {planned.directory}; loads in {' and '.join(manifest['servers'])}")
+    return {**manifest, "directory": str(planned.directory), "reused": reused}
 
 
-def _write(plan: Plan, directory: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """Fill `directory` and return its manifest."""
+def _write(plan: Plan, directory: Path) -> dict[str, Any]:
+    """Fill `directory` and return what its manifest says beside identity and files."""
+    errors, weight_map, unchanged = _write_tensors(plan, directory)
+    log("export", f"{unchanged:,} of {len(plan.entries):,} weights are as released and keep their bits")
     target = plan.target
+    total = plan.num_bytes
+    for file in plan.links:
+        (directory / file).symlink_to((target.directory / file).resolve())
+    for name in target.names:
+        if target.file(name) in plan.links:
+            weight_map[name] = target.file(name)
+            total += _num_bytes(target.shape(name), target.dtype(name))
+    write_json(
+        directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    )
+    if plan.config is not None:
+        write_json(directory / "config.json", plan.config)
+    copy_companions(target.directory, directory)
+
+    problems = check(directory, target.directory)
+    servers = [server for server, found in problems.items() if not found]
+    for server, found in problems.items():
+        if found:
+            log("export", f"{server} will not serve this draft: {found[0]}")
+    if not servers:
+        raise InputError(f"no server would load the export: {json.dumps(problems)}")
+    fp8_errors = _summary(errors)
+    for kind, e in sorted(fp8_errors.items(), key=lambda item: -item[1]["worst_relative_rms"]):
+        log(
+            "export",
+            f"fp8 {kind}: {e['tensors']} tensors, relative error {e['mean_relative_rms']:.4f}"
+            f" (worst {e['worst_relative_rms']:.4f}), largest {e['max_abs']:.3g}",
+        )
+    return {
+        "kind": "nextn",
+        "contract": plan.contract,
+        "step": plan.step,
+        "weights": str(plan.weights.directory),
+        "target": str(target.directory),
+        "tensors": plan.num_tensors,
+        "unchanged": unchanged,
+        "bytes": plan.num_bytes,
+        "servers": servers,
+        "fp8_errors": fp8_errors,
+    }
+
+
+def _write_tensors(plan: Plan, directory: Path) -> tuple[dict[str, dict[str, float]], dict[str, str], int]:
+    """Write the new files.
+
+    Returns:
+        Rounding errors of the newly quantised tensors; file of each name; entries with the released bits.
+    """
     errors: dict[str, dict[str, float]] = {}
     weight_map: dict[str, str] = {}
-    total = unchanged = 0
+    unchanged = 0
     with task("export", plan.num_bytes) as progress:
         for file, entries in plan.files.items():
             tensors: dict[str, torch.Tensor] = {}
@@ -492,112 +493,11 @@ def _write(plan: Plan, directory: Path, identity: dict[str, Any]) -> dict[str, A
                     errors[entry.name] = error
                 tensors |= stored
                 progress.advance(sum(t.nbytes for t in stored.values()), entry.name)
-            _save(directory / file, tensors)
+            save(directory / file, tensors)
             weight_map |= dict.fromkeys(tensors, file)
-            total += sum(t.nbytes for t in tensors.values())
         for file, names in plan.kept.items():
-            tensors = {name: target.get(name, raw=True) for name in names}
-            _save(directory / file, tensors)
+            tensors = {name: plan.target.get(name, raw=True) for name in names}
+            save(directory / file, tensors)
             weight_map |= dict.fromkeys(tensors, file)
-            total += sum(t.nbytes for t in tensors.values())
             progress.advance(sum(t.nbytes for t in tensors.values()), file)
-    log("export", f"{unchanged:,} of {len(plan.entries):,} weights are as released and keep their bits")
-    for file in plan.links:
-        (directory / file).symlink_to((target.directory / file).resolve())
-    if plan.links:
-        for name in target.names:
-            if target.file(name) in plan.links:
-                weight_map[name] = target.file(name)
-                total += _num_bytes(target.shape(name), target.dtype(name))
-    write_json(
-        directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    )
-    if plan.config is None:
-        shutil.copyfile(target.directory / "config.json", directory / "config.json")
-    else:
-        write_json(directory / "config.json", plan.config)
-    for path in _copied(target.directory):
-        shutil.copyfile(path, directory / path.name)
-
-    problems = check(directory, target.directory)
-    servers = [server for server, found in problems.items() if not found]
-    for server, found in problems.items():
-        if found:
-            log("export", f"{server} will not serve this draft: {found[0]}")
-    if not servers:
-        raise InputError(f"no server would load the export: {json.dumps(problems)}")
-    summary = _summary(errors)
-    for kind, e in sorted(summary.items(), key=lambda item: -item[1]["worst_relative_rms"]):
-        log(
-            "export",
-            f"fp8 {kind}: {e['tensors']} tensors, relative error {e['mean_relative_rms']:.4f}"
-            f" (worst {e['worst_relative_rms']:.4f}), largest {e['max_abs']:.3g}",
-        )
-    manifest = {
-        "format": 1,
-        "kind": "nextn",
-        "identity": identity,
-        "contract": plan.contract,
-        "step": plan.step,
-        "weights": str(plan.weights.directory),
-        "target": str(plan.target.directory),
-        "tensors": plan.num_tensors,
-        "unchanged": unchanged,
-        "bytes": plan.num_bytes,
-        "servers": servers,
-        "fp8_errors": summary,
-        "files": {p.name: p.stat().st_size for p in sorted(directory.iterdir())},
-    }
-    write_json(directory / MANIFEST, manifest)
-    return manifest
-
-
-def _arguments(config: RunConfig) -> dict[str, Any]:
-    target = config.require_target()
-    return {
-        "weights_dir": run_dir.find_weights(config.run.dir, config.export.checkpoint, target),
-        "target_dir": target,
-        "out_dir": config.export_dir,
-        "layout": config.export.layout,
-        "quantization": config.export.quantization,
-    }
-
-
-def plan(config: RunConfig) -> str:
-    """One line: what `layer61 export` will write, with sizes; by the target's sizes alone before training.
-
-    Raises:
-        ConfigError, InputError: as `prepare`.
-    """
-    refuse_name(config.export_dir)
-    target = config.require_target()
-    if target.exists():
-        try:
-            return prepare(**_arguments(config)).describe()
-        except InputError as error:
-            if run_dir.committed(config.run.dir) or config.export.checkpoint not in ("best", "last"):
-                raise
-            waiting = error.message
-    else:
-        waiting = f"there is no target at {target}"
-    sizes = target_config(target, planning=True)
-    as_fp8 = config.export.quantization == "fp8"
-    as_fp8 |= config.export.quantization == "auto" and "quantization_config" in sizes
-    count = num_bytes = 0
-    for name, shape in layer_shapes(sizes).items():
-        if name not in DROPPED:
-            quantized = as_fp8 and is_quantized(name)
-            dtype = torch.float8_e4m3fn if quantized else torch.bfloat16
-            dtype = torch.float32 if name.endswith("e_score_correction_bias") else dtype
-            stored = Entry(name, name, shape, dtype, quantized).stored(fp8.BLOCK)
-            count += len(stored)
-            num_bytes += sum(_num_bytes(*x) for x in stored.values())
-    return (
-        f"a layer as {config.export.layout}, {'fp8' if as_fp8 else 'unquantised'}: {count:,} tensors,"
-        f" {num_bytes / 1e9:,.3f} GB, to {config.export_dir.absolute()}; not yet: {waiting}"
-    )
-
-
-def run(config: RunConfig) -> dict[str, Any]:
-    """`layer61 export`: write the draft directory and return its manifest."""
-    return export(**_arguments(config))
+    return errors, weight_map, unchanged

@@ -139,9 +139,9 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from export import nextn
+    from export import draft
 
-    return _stage(args, ("target",), nextn.plan, nextn.run)
+    return _stage(args, ("target",), draft.plan, draft.run)
 
 
 def _verify(args: argparse.Namespace) -> int:

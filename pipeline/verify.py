@@ -33,7 +33,7 @@ from configs.provenance import vllm_version
 from configs.schema import RunConfig
 from export.check import check, refuse_name
 from export.checkpoint import Checkpoint
-from export.nextn import MANIFEST
+from export.directory import MANIFEST
 from pipeline import child
 from pipeline.greedy import compare, noise, partings
 from pipeline.prompts import load_prompts

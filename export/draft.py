@@ -1,0 +1,67 @@
+"""The verb `export`: a run's checkpoint as a directory that servers load as a draft."""
+
+from typing import Any
+
+import torch
+
+from configs import run_dir
+from configs.errors import InputError
+from configs.schema import RunConfig
+from configs.target import target_config
+from export import fp8
+from export.check import refuse_name
+from export.keymap import DROPPED, is_quantized, layer_shapes
+from export.nextn import Entry, export, prepare
+
+__all__ = ["plan", "run"]
+
+
+def _arguments(config: RunConfig) -> dict[str, Any]:
+    target = config.require_target()
+    return {
+        "weights_dir": run_dir.find_weights(config.run.dir, config.export.checkpoint, target),
+        "target_dir": target,
+        "out_dir": config.export_dir,
+        "layout": config.export.layout,
+        "quantization": config.export.quantization,
+    }
+
+
+def plan(config: RunConfig) -> str:
+    """One line: what `layer61 export` will write, with sizes; by the target's sizes alone before training.
+
+    Raises:
+        ConfigError, InputError: as `prepare`.
+    """
+    refuse_name(config.export_dir)
+    target = config.require_target()
+    if target.exists():
+        try:
+            return prepare(**_arguments(config)).describe()
+        except InputError as error:
+            if run_dir.committed(config.run.dir) or config.export.checkpoint not in ("best", "last"):
+                raise
+            waiting = error.message
+    else:
+        waiting = f"there is no target at {target}"
+    sizes = target_config(target, planning=True)
+    as_fp8 = config.export.quantization == "fp8"
+    as_fp8 |= config.export.quantization == "auto" and "quantization_config" in sizes
+    count = num_bytes = 0
+    for name, shape in layer_shapes(sizes).items():
+        if name not in DROPPED:
+            quantized = as_fp8 and is_quantized(name)
+            dtype = torch.float8_e4m3fn if quantized else torch.bfloat16
+            dtype = torch.float32 if name.endswith("e_score_correction_bias") else dtype
+            entry = Entry(name, name, shape, dtype, quantized)
+            count += 1 + quantized
+            num_bytes += entry.num_bytes(fp8.BLOCK)
+    return (
+        f"a layer as {config.export.layout}, {'fp8' if as_fp8 else 'unquantised'}: {count:,} tensors,"
+        f" {num_bytes / 1e9:,.3f} GB, to {config.export_dir.absolute()}; not yet: {waiting}"
+    )
+
+
+def run(config: RunConfig) -> dict[str, Any]:
+    """`layer61 export`: write the draft directory and return its manifest."""
+    return export(**_arguments(config))
