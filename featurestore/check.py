@@ -123,7 +123,10 @@ def _metadata(
         root = read_root(objects)
         if root is None:
             if not versions:
-                raise StoreNotFoundError(f"{objects.url} is not a feature store: it has no zarr.json")
+                raise StoreNotFoundError(
+                    f"{objects.url} is not a feature store: it has no zarr.json",
+                    "`layer61 dump` makes a store",
+                )
             report.problems.append(Problem("", "zarr.json", "is missing"))
     except StoreVersionError:
         raise

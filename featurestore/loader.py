@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -30,7 +29,6 @@ class Batch:
     Attributes:
         input_ids: int64 [T].
         loss_mask: bool [T]; True where the target would have to produce the token.
-        positions: int64 [T]; 0 starts a document.
         cu_seqlens: int32 [B + 1]; document b is rows cu_seqlens[b] to cu_seqlens[b + 1].
         hidden: torch.bfloat16 [T, S, D].
         uids: uid of each document.
@@ -39,7 +37,6 @@ class Batch:
 
     input_ids: torch.Tensor
     loss_mask: torch.Tensor
-    positions: torch.Tensor
     cu_seqlens: torch.Tensor
     hidden: torch.Tensor
     uids: list[int]
@@ -49,8 +46,7 @@ class Batch:
 class _Buffers:
     """Memory of one batch; pages are touched here once, not in every step.
 
-    Memory of torch begins at a multiple of 64 bytes; into memory that does not, such as numpy's, the system
-    copies at half the speed.
+    torch aligns memory to 64 bytes; copies into memory that is not, such as numpy's, run at half the speed.
     """
 
     def __init__(self, capacity: int, states: int, width: int, pin: bool) -> None:
@@ -60,7 +56,6 @@ class _Buffers:
         self.hidden = empty(capacity, states, width, dtype=torch.bfloat16)
         self.input_ids = empty(capacity, dtype=torch.int64)
         self.loss_mask = empty(capacity, dtype=torch.bool)
-        self.positions = empty(capacity, dtype=torch.int64)
         self.cu_seqlens = empty(capacity + 1, dtype=torch.int32)
         self.hidden_bits = self.hidden.view(torch.uint16).numpy()
         self.mask_bytes = self.loss_mask.view(torch.uint8).numpy()
@@ -83,7 +78,7 @@ class Loader:
         threads: threads that read documents.
         ring: batches in memory: the one in use and those being read.
         pin: page-locked host memory, for copies to a GPU.
-        epochs: stop after so many passes; the last step is then what is left, and a rank's part of it may be
+        epochs: stop after so many passes; the last step is then what is left, and a rank's share of it may be
             empty. None goes on for ever.
 
     Raises:
@@ -105,9 +100,9 @@ class Loader:
         epochs: int | None = None,
     ) -> None:
         if not 0 <= rank < world_size:
-            raise ConfigError(f"rank {rank} of {world_size} ranks")
+            raise ConfigError(f"rank is {rank}, world_size {world_size}", "ranks count from 0")
         if ring < 2 or threads < 1:
-            raise ConfigError(f"a loader needs 2 buffers and 1 thread, not {ring} and {threads}")
+            raise ConfigError(f"a loader needs at least 2 buffers and 1 thread, not {ring} and {threads}")
         self.tokens_per_rank, self.rank, self.world_size = tokens_per_rank, rank, world_size
         self.seed, self.split, self.threads, self.ring, self.epochs = seed, split, threads, ring, epochs
         self._pin = pin
@@ -220,14 +215,12 @@ class Loader:
         numbers = step.bins[self.rank]
         ends = self._ends(numbers)
         tokens = int(ends[-1])
-        # numpy, because torch gives up the interpreter in every call and the reading threads take it
+        # numpy: torch releases the GIL in every call, and the reading threads would take it
         buffers.input_ids.numpy()[:tokens] = buffers.raw_ids[:tokens]
-        buffers.positions.numpy()[:tokens] = np.arange(tokens) - np.repeat(ends[:-1], np.diff(ends))
         buffers.cu_seqlens.numpy()[: len(ends)] = ends
         return Batch(
             input_ids=buffers.input_ids[:tokens],
             loss_mask=buffers.loss_mask[:tokens],
-            positions=buffers.positions[:tokens],
             cu_seqlens=buffers.cu_seqlens[: len(ends)],
             hidden=buffers.hidden[:tokens],
             uids=self._uid[numbers].tolist(),
@@ -284,7 +277,10 @@ class Loader:
             )
         for key in ("manifest", "epoch", "consumed"):
             if type(state.get(key)) is not int or state[key] < 0:
-                raise StoreError(f"loader state has {key} {state.get(key)!r}, not a whole number")
+                raise StoreError(
+                    f"loader state has {key} {state.get(key)!r}, not a whole number",
+                    "it is damaged; resume from an older checkpoint",
+                )
         for key, mine in (("seed", self.seed), ("split", self.split)):
             if state.get(key) != mine:
                 raise StoreError(
@@ -296,18 +292,11 @@ class Loader:
         try:
             self._use(store)
             if state["consumed"] > len(self._uid):
-                raise StoreError(f"loader state points at document {state['consumed']} of {len(self._uid)}")
+                raise StoreError(
+                    f"loader state stands at document {state['consumed']} of {len(self._uid)}",
+                    "it is of another store; resume with the store that the checkpoint was trained on",
+                )
         except BaseException:
             self._use(before)
             raise
         self.position = Position(state["epoch"], state["consumed"])
-
-
-def skip(loader: Loader, steps: int) -> None:
-    """Advance a loader by whole steps without reading a byte."""
-    loader._drain()
-    loader._start()
-    assert loader._plan is not None
-    for step in islice(loader._plan, steps):
-        loader.position = step.after
-    loader._plan = None

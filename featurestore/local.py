@@ -100,7 +100,7 @@ class LocalFile:
             os.close(self.fd)
 
     def window(self, offset: int, length: int) -> "LocalFile":
-        """Reads pieces straight from the file; asks for the whole span at once if it is not in memory."""
+        """Pieces are read straight from the file; has the kernel fetch the whole span if it is not cached."""
         if not self.read_around:
             try:
                 os.preadv(self.fd, [bytearray(1)], offset + length // 2, NOWAIT)
@@ -306,7 +306,9 @@ class LocalObjects:
     def copy_from(self, other: "Objects", prefix: str, to: str) -> None:
         """Link every object below `prefix` of another local store to `to` here; no data is copied."""
         if not isinstance(other, LocalObjects):
-            raise StoreError(f"cannot merge {other.url} into {self.url} without copying it", "copy it first")
+            raise StoreError(
+                f"cannot merge {other.url} into {self.url} without copying it", "copy it beside that first"
+            )
         try:
             for name, _ in other.entries(prefix):
                 target = self._path(to + name[len(prefix) :])

@@ -84,17 +84,21 @@ def read_manifest(objects: Objects, version: int | None = None) -> dict[str, Any
         versions = manifest_versions(objects)
         if not versions:
             raise StoreNotFoundError(
-                f"{objects.url} has no published manifest", "publish it: `layer61 dump` does so at its end"
+                f"{objects.url} has no published manifest",
+                "`layer61 dump` publishes at its end; start it again to finish it",
             )
         version = versions[-1]
     try:
         data = objects.read(manifest_name(version))
     except FileNotFoundError:
-        raise StoreNotFoundError(f"{objects.url} has no manifest version {version}") from None
+        raise StoreNotFoundError(
+            f"{objects.url} has no manifest version {version}",
+            "a checkpoint goes on only with the store that it was trained on",
+        ) from None
     manifest = unseal(data, manifest_name(version), objects.url)
     if manifest["version"] != version:
         raise StoreCorruptError(
-            f"{manifest_name(version)} in {objects.url} is version {manifest['version']}",
+            f"{manifest_name(version)} in {objects.url} says it is version {manifest['version']}",
             VERIFY_HINT.format(objects.url),
         )
     return manifest
@@ -175,7 +179,7 @@ def part_entry(objects: Objects, name: str, path: str) -> tuple[dict[str, Any], 
     record = unseal_group(data, f"part {name}: zarr.json", objects.url)
     if data != dump_json(group_metadata(record, part_arrays(record))):
         raise StoreCorruptError(
-            f"part {name}: zarr.json does not fit its own record", VERIFY_HINT.format(objects.url)
+            f"part {name}: zarr.json does not agree with its own record", VERIFY_HINT.format(objects.url)
         )
     sizes = record["objects"]
     entry = {
@@ -487,6 +491,6 @@ def _common_shape(objects: Objects, parts: list[dict[str, Any]]) -> tuple[int, i
                 f"{objects.url}: part {entry['name']} holds {entry['states']} states of width"
                 f" {entry['hidden_size']}, part {filled[0]['name']} {filled[0]['states']} of"
                 f" {filled[0]['hidden_size']}",
-                "remove the part that does not belong here",
+                "move the part that does not belong out of parts/",
             )
     return (filled[0]["states"], filled[0]["hidden_size"]) if filled else (0, 0)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Document", "FeatureStore", "open_store"]
 
-OPEN_PARTS = 128  # three descriptors each
+OPEN_PARTS = 128  # three file descriptors each
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ _scratch = threading.local()
 
 
 def _scratch_bytes(size: int) -> memoryview:
-    """Memory of this thread for the rows beside the ones asked for."""
+    """Scratch memory of this thread, for rows beside those asked for."""
     held = getattr(_scratch, "view", None)
     if held is None or len(held) < size:
         held = _scratch.view = torch.empty(size, dtype=torch.uint8).numpy().data  # aligned, unlike bytearray
@@ -136,7 +136,7 @@ class Shard:
             stop: row after the last.
             out: memory of just these rows.
             edges: crc32c of the rows of the first chunk before `start` and of those of the last one before
-                `stop`, where known: the rows of the neighbours, otherwise part of the check, are not read.
+                `stop`; with them the rows of neighbouring documents need not be read for the check.
         """
         first, last = start // self.chunk_rows, chunk_count(stop, self.chunk_rows)
         size = self.chunk_rows * self.row_bytes
@@ -185,7 +185,7 @@ class Shard:
         assert self.index is not None
         offset, length = map(int, self.index[chunk])
         if not CRC_BYTES < length <= self.file.size or offset + length > self.file.size:
-            raise self.corrupt(f"chunk {chunk} has no place in the object")
+            raise self.corrupt(f"the shard index places chunk {chunk} outside the object")
         data = memoryview(bytearray(length))
         window.readv([data], offset)
         crc = crc32c(data[:-CRC_BYTES])
@@ -288,7 +288,7 @@ class FeatureStore:
 
     def __init__(self, objects: Objects, manifest: dict[str, Any]) -> None:
         self.objects, self.manifest, self.url = objects, manifest, objects.url
-        # what is read beside a document is needed later; if it stays in memory until then, it is well read
+        # reading around a document pays only if the store fits the page cache
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         objects.read_around = manifest["totals"]["bytes"] < memory / 2
         self._index = read_index(objects, manifest)

@@ -272,7 +272,8 @@ class RemoteObjects:
         """Server-side copy of every object below `prefix` of a store in the same bucket."""
         if not isinstance(other, RemoteObjects) or other.bucket != self.bucket:
             raise StoreError(
-                f"cannot merge {other.url} into {self.url} without moving its data", "copy it first"
+                f"cannot merge {other.url} into {self.url} without moving its data",
+                "copy it into that bucket first",
             )
         names = [name for name, _ in other.entries(prefix)]
         for name in sorted(names, key=lambda n: n.endswith("/zarr.json")):

@@ -2,7 +2,7 @@
 
 Many writers may add parts to one store at the same time; they share nothing but the directory. A part being
 written lies in a staging directory of its own; what a killed writer leaves there is ignored by every reader
-and removed by `collect`.
+and removed by `featurestore.collect`.
 """
 
 import functools
@@ -169,7 +169,7 @@ class StoreWriter:
             root = read_root(self._objects)  # another writer may just have made it
             if root is None:
                 raise StoreError(
-                    f"{self.url} is not a feature store and not empty", "choose a new or empty directory"
+                    f"{self.url} is neither empty nor a feature store", "choose a new or empty directory"
                 )
         if root is not None:
             hint = "write to another store, or dump with the settings of this one"
@@ -240,11 +240,11 @@ class StoreWriter:
         """
         if self._broken:
             raise self._lost()
-        ids = _vector(input_ids, "input_ids", np.uint32)
-        mask = _vector(loss_mask, "loss_mask", np.uint8)
+        ids = _vector(input_ids, f"document {uid}: input_ids", np.uint32)
+        mask = _vector(loss_mask, f"document {uid}: loss_mask", np.uint8)
         if mask.size and mask.max() > 1:
-            raise InputError("loss_mask holds values other than 0 and 1")
-        bits = _bits(hidden)
+            raise InputError(f"document {uid}: loss_mask holds values other than 0 and 1")
+        bits = _bits(hidden, f"document {uid}: hidden")
         if not (len(ids) == len(mask) == len(bits)):
             raise InputError(
                 f"document {uid}: input_ids has {len(ids)} tokens, loss_mask {len(mask)}, hidden {len(bits)}"
@@ -284,7 +284,9 @@ class StoreWriter:
             self.commit()
 
     def _lost(self) -> StoreError:
-        return StoreError(f"the open part of {self.url} is lost by an earlier failure", "open a new writer")
+        return StoreError(
+            f"an earlier failure lost the open part of {self.url}", "write it again with a new writer"
+        )
 
     def _say_lost(self, error: BaseException) -> None:
         if isinstance(error, StoreError):
@@ -358,7 +360,7 @@ class StoreWriter:
             if self.exact is not None:
                 raise _exists(name, self.url) from None
             raise PartExistsError(
-                f"part {name} of {self.url} is another writer's: {documents:,} documents of this are lost",
+                f"another writer committed part {name} of {self.url} first: {documents:,} documents are lost",
                 "give every writer of a run its own name, and write these documents again",
             ) from None
         except BaseException as error:
@@ -461,22 +463,22 @@ def _vector(values: Any, name: str, dtype: Any) -> np.ndarray:
     return np.ascontiguousarray(array, dtype)
 
 
-def _bits(hidden: Any) -> np.ndarray:
+def _bits(hidden: Any, name: str) -> np.ndarray:
     if isinstance(hidden, torch.Tensor):
         if hidden.dtype != torch.bfloat16:
-            raise InputError(f"hidden is {hidden.dtype}, not torch.bfloat16")
+            raise InputError(f"{name} is {hidden.dtype}, not torch.bfloat16")
         hidden = hidden.detach().cpu().contiguous().view(torch.uint16).numpy()
     array = np.asarray(hidden)
     if array.dtype != np.uint16:
-        raise InputError(f"hidden is {array.dtype}, not torch.bfloat16 or numpy.uint16 bits")
+        raise InputError(f"{name} is {array.dtype}, not torch.bfloat16 or numpy.uint16 bits")
     if array.ndim != 3 or 0 in array.shape[1:]:
-        raise InputError(f"hidden has shape {list(array.shape)}, not [T, S, D]")
+        raise InputError(f"{name} has shape {list(array.shape)}, not [T, S, D]")
     return np.ascontiguousarray(array)
 
 
 def _exists(name: str, url: str) -> PartExistsError:
     return PartExistsError(
-        f"part {name} of {url} is committed already", "a part is written once; skip this work"
+        f"part {name} of {url} is committed already", "a part is written once; this work is done"
     )
 
 
@@ -495,7 +497,9 @@ def read_root(objects: Objects) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError):
         is_store = False
     if not is_store:
-        raise StoreNotFoundError(f"{objects.url} is not a feature store: its zarr.json has no hidden_store")
+        raise StoreNotFoundError(
+            f"{objects.url} is not a feature store: its zarr.json is another group's", "check the path"
+        )
     return unseal_group(data, "zarr.json", objects.url)
 
 

@@ -36,15 +36,12 @@ def check(batch: Batch, made: list[Made]) -> None:
     edges = batch.cu_seqlens.tolist()
     assert batch.cu_seqlens.dtype == torch.int32
     assert edges[0] == 0
-    assert (
-        edges[-1] == len(batch.input_ids) == len(batch.loss_mask) == len(batch.positions) == len(batch.hidden)
-    )
+    assert edges[-1] == len(batch.input_ids) == len(batch.loss_mask) == len(batch.hidden)
     assert len(batch.uids) == len(edges) - 1
     for uid, a, b in zip(batch.uids, edges, edges[1:], strict=False):
         document = made[uid]
         assert torch.equal(batch.input_ids[a:b], document.input_ids)
         assert torch.equal(batch.loss_mask[a:b], document.loss_mask)
-        assert torch.equal(batch.positions[a:b], torch.arange(b - a))
         assert same_bits(batch.hidden[a:b], document.hidden)
 
 
@@ -72,7 +69,7 @@ def test_batches_hold_their_documents(store, threads, ring) -> None:
 
 def test_dtypes_are_as_promised(store) -> None:
     batch = next(Loader(store, 400))
-    assert batch.input_ids.dtype == batch.positions.dtype == torch.int64
+    assert batch.input_ids.dtype == torch.int64
     assert batch.loss_mask.dtype == torch.bool
     assert batch.hidden.dtype == torch.bfloat16
     assert batch.hidden.shape[1:] == (2, 16)
@@ -226,7 +223,7 @@ def test_documents_beyond_the_budget_are_named(store) -> None:
     empty_split.held_out = np.zeros(len(store), bool)
     with pytest.raises(ConfigError, match="no documents in its held_out split"):
         Loader(empty_split, 400, split="held_out")
-    with pytest.raises(ConfigError, match="rank 2 of 2"):
+    with pytest.raises(ConfigError, match="rank is 2, world_size 2"):
         Loader(store, 400, rank=2, world_size=2)
 
 
