@@ -10,12 +10,9 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from configs.errors import StoreError
-
-if TYPE_CHECKING:
-    from featurestore.objects import Buffer, Objects
 
 __all__ = ["LocalObjects"]
 
@@ -133,7 +130,7 @@ class LocalStream:
             self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self.written = self.started = 0
 
-    def write(self, buffers: "Sequence[Buffer]") -> None:
+    def write(self, buffers: Sequence[Any]) -> None:
         data = [memoryview(b).cast("B") for b in buffers]
         with _explained("write", self.path):
             while data:  # a write may be short
@@ -303,7 +300,7 @@ class LocalObjects:
             os.makedirs(os.path.dirname(self._path(to)), exist_ok=True)
             os.rename(self._path(prefix), self._path(to))
 
-    def copy_from(self, other: "Objects", prefix: str, to: str) -> None:
+    def copy_from(self, other: Any, prefix: str, to: str) -> None:
         """Link every object below `prefix` of another local store to `to` here; no data is copied."""
         if not isinstance(other, LocalObjects):
             raise StoreError(

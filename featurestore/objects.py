@@ -12,9 +12,7 @@ from urllib.parse import unquote, urlsplit
 from configs.errors import StoreError
 from featurestore.local import LocalObjects
 
-__all__ = ["Buffer", "Objects", "RangeFile", "Stream", "Window", "open_objects"]
-
-Buffer = Any  # bytes, bytearray or a memoryview of bytes
+__all__ = ["Objects", "RangeFile", "Stream", "Window", "open_objects"]
 
 
 class Window(Protocol):
@@ -36,8 +34,8 @@ class RangeFile(Window, Protocol):
 class Stream(Protocol):
     """An object being written."""
 
-    def write(self, buffers: Sequence[Buffer]) -> None:
-        """Append `buffers` in order."""
+    def write(self, buffers: Sequence[Any]) -> None:
+        """Append `buffers` in order: bytes, bytearrays or memoryviews."""
 
     def close(self) -> None:
         """Finish the object."""

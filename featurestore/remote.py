@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 import obstore
@@ -21,9 +21,6 @@ from obstore.exceptions import (
 )
 
 from configs.errors import StoreError
-
-if TYPE_CHECKING:
-    from featurestore.objects import Buffer, Objects
 
 __all__ = ["RemoteObjects"]
 
@@ -80,7 +77,7 @@ class RemoteStream:
             objects.store, objects.key(name), buffer_size=PIECE, max_concurrency=4
         )
 
-    def write(self, buffers: "Sequence[Buffer]") -> None:
+    def write(self, buffers: Sequence[Any]) -> None:
         with self.objects.explained("write", self.name):
             for data in buffers:
                 self._writer.write(memoryview(data).cast("B"))
@@ -268,7 +265,7 @@ class RemoteObjects:
             with self.explained("move", name):
                 obstore.rename(self.store, self.key(name), self.key(to + name[len(prefix) :]))
 
-    def copy_from(self, other: "Objects", prefix: str, to: str) -> None:
+    def copy_from(self, other: Any, prefix: str, to: str) -> None:
         """Server-side copy of every object below `prefix` of a store in the same bucket."""
         if not isinstance(other, RemoteObjects) or other.bucket != self.bucket:
             raise StoreError(
