@@ -4,12 +4,11 @@ Legend: S draft steps, M predicted tokens.
 """
 
 import contextlib
-import json
 import math
-import resource
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,19 +17,20 @@ import torch
 from torch import Tensor
 
 from configs.errors import ContractError, InputError, Layer61Error
-from configs.files import atomic_write
 from configs.lock import hold
-from configs.progress import Task, log, task
+from configs.progress import log, task
 from configs.run_dir import directory
 from configs.schema import RunConfig, TrainConfig
 from export.checkpoint import Checkpoint
-from export.keymap import keymap
+from export.keymap import Op, keymap
 from featurestore import FeatureStore, Loader, open_store
 from train import checkpoint, zero
-from train.batch import check_contract, check_lengths, held_out, pack, state_column
+from train.batch import Packed, check_contract, check_lengths, held_out, pack, state_column
 from train.draft import Draft
 from train.evaluate import measure
+from train.metrics import Metrics, Pace, detail, means, sums
 from train.plan import total_steps
+from train.unroll import Scored
 
 __all__ = ["Stopped", "learning_rate", "train"]
 
@@ -85,70 +85,29 @@ def learning_rate(train: TrainConfig, step: int, total: int) -> float:
     return train.learning_rate * (least + (1 - least) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def _steps_left(config: RunConfig, loader: Loader, saved: checkpoint.Saved | None) -> tuple[int, int]:
-    """(steps done, steps in all).
+@dataclass
+class _Run:
+    """A training run between two steps.
 
-    With another number of ranks a step holds another number of documents: what is left of the epochs is cut
-    anew.
+    Attributes:
+        ops: key map of the target.
+        metrics: writes on rank 0 only.
+        total, step: optimizer steps in all, and done.
+        saved_step: steps done by the newest checkpoint.
+        position: of the loader after `step`; the loader itself may be a batch ahead when a signal comes.
+        evaluated: the evaluation after `step`; empty where there was none.
     """
-    total = total_steps(config, loader.steps_per_epoch())
-    if saved is None:
-        return 0, total
-    done = int(saved.meta["step"])
-    if saved.meta["ranks"] != loader.world_size and config.train.max_steps is None:
-        documents = int((~loader.store.held_out).sum())
-        passed = loader.position.epoch + loader.position.consumed / documents
-        left = max(1 - passed / config.train.epochs, 0)
-        total = done + math.ceil(left * total)
-    return done, total
 
-
-class _Metrics:
-    """`metrics.jsonl`: one JSON object a step; lines after the step a run goes on from are dropped."""
-
-    def __init__(self, path: Path, done: int, first: bool) -> None:
-        self.path = path if first else None
-        if not first:
-            return
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = []
-        for line in lines:
-            # a line cut short by a kill is the last one, and is written again
-            with contextlib.suppress(ValueError):
-                if json.loads(line)["step"] <= done:
-                    kept.append(line + "\n")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, "".join(kept))
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        if self.path is not None:
-            with open(self.path, "a", encoding="utf-8") as f:
-                f.write(json.dumps({"step": step, **values}) + "\n")
-
-
-def _memory_gib() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
-
-
-def _check(config: RunConfig, store: FeatureStore, target: Checkpoint, first: bool) -> dict[str, Any]:
-    """The contract under which the checkpoints of this run stand.
-
-    Raises:
-        ContractError, ConfigError: the store does not fit the target.
-    """
-    if first:
-        # one reader is enough for two gigabytes of head
-        check_contract(store, target.directory)
-    check_lengths(store, target.config.get("index_topk") or 0)
-    if config.train.mask_position_0 != store.contract["mask_position_0"]:
-        raise ContractError(
-            f"train.mask_position_0 = {config.train.mask_position_0}, but the store is for a server with"
-            f" {store.contract['mask_position_0']}",
-            "vLLM masks position 0",
-        )
-    return store.contract
+    config: RunConfig
+    loader: Loader
+    engine: Any
+    ops: tuple[Op, ...]
+    metrics: Metrics
+    total: int
+    step: int
+    saved_step: int
+    position: dict[str, Any]
+    evaluated: dict[str, Any]
 
 
 def train(config: RunConfig) -> dict[str, Any] | None:
@@ -174,14 +133,54 @@ def train(config: RunConfig) -> dict[str, Any] | None:
 
 
 def _train(config: RunConfig, rank: int, world: int, caught: list[int]) -> dict[str, Any]:
-    settings, first = config.train, rank == 0
+    settings, run = config.train, _open(config, rank, world)
+    column = state_column(run.loader.store.contract)
     device, dtype = zero.device(), zero.dtype_of(settings)
-    accumulation = settings.gradient_accumulation_steps
+    if run.step == 0:
+        _evaluate(run)
+    pace, stop = Pace(), 0
+    with task("train", run.total, start=run.step) if rank == 0 else contextlib.nullcontext() as bar:
+        while run.step < run.total:
+            began = time.monotonic()
+            batches = [
+                pack(next(run.loader), column, dtype, device)
+                for _ in range(settings.gradient_accumulation_steps)
+            ]
+            wait_s = time.monotonic() - began
+            scored = [batch.scored(settings.num_steps) for batch in batches]
+            counts_S, tokens, stop = _agree(batches, scored, caught)
+            if stop:
+                break
+            values = _step(run, batches, scored, counts_S)
+            values |= pace.add(tokens, wait_s, time.monotonic() - began)
+            run.metrics.write(run.step, values)
+            if bar is not None:
+                bar.advance(1, detail(values, pace))
+            last = run.step == run.total
+            run.evaluated = _evaluate(run) if last or run.step % settings.evaluate_every == 0 else {}
+            if last or run.step % settings.checkpoint_every == 0:
+                _save(run)
+    run.loader.close()
+    if stop:
+        if run.saved_step != run.step:
+            _save(run)
+        raise Stopped(stop)
+    return {
+        "steps": run.step,
+        "tokens": pace.tokens,
+        "seconds": round(pace.seconds, 1),
+        "tokens_per_second": round(pace.tokens / pace.seconds, 1) if pace.tokens else None,
+        "acceptance_length": run.evaluated.get("acceptance_length"),
+        "acceptance_per_position": run.evaluated.get("acceptance_per_position"),
+        "checkpoints": str(directory(config.run.dir)),
+    }
 
-    store = open_store(config.train_store_path)
-    target = Checkpoint(config.require_target())
-    contract = _check(config, store, target, first)
-    column = state_column(contract)
+
+def _open(config: RunConfig, rank: int, world: int) -> _Run:
+    """Store, target, loader and engine, as the newest whole checkpoint of the run directory left them."""
+    settings, first = config.train, rank == 0
+    store, target = open_store(config.train_store_path), Checkpoint(config.require_target())
+    _check(config, store, target, first)
     ops = keymap(target.config)
     if first:
         checkpoint.clean(config.run.dir)
@@ -196,13 +195,13 @@ def _train(config: RunConfig, rank: int, world: int, caught: list[int]) -> dict[
         pin=torch.cuda.is_available(),
     )
     if saved is not None:
-        if saved.meta["contract"] != contract:
+        if saved.meta["contract"] != store.contract:
             raise InputError(
                 f"checkpoint {saved.path} was trained from another store", "choose another run directory"
             )
         loader.load_state_dict(saved.meta["loader"])
     done, total = _steps_left(config, loader, saved)
-    metrics = _Metrics(config.run.dir / "metrics.jsonl", done if saved else -1, first)
+    metrics = Metrics(config.run.dir / "metrics.jsonl" if first else None, done if saved else -1)
 
     # the layer, partitioned from the first byte on
     ds_config = zero.deepspeed_config(
@@ -210,164 +209,136 @@ def _train(config: RunConfig, rank: int, world: int, caught: list[int]) -> dict[
         num_parameters=sum(math.prod(op.shape) for op in ops),
         load_universal=saved is not None and saved.meta["ranks"] != world,
     )
-    engine = zero.initialize(
-        Draft(zero.build_layer(target, settings, ds_config), settings), settings, ds_config
-    )
+    draft = Draft(zero.build_layer(target, settings, ds_config), settings)
+    engine = zero.initialize(draft, settings, ds_config)
     if saved is not None:
         checkpoint.load(engine, saved)
     if first:
-        came = f"going on from {saved.path}" if saved else "from the target's own layer"
+        came = f"going on from {saved.path}" if saved else "from the released layer"
         log("train", f"{came}: {total - done:,} of {total:,} steps to do on {world} ranks, {settings.dtype}")
+    evaluated = dict(saved.meta["metrics"]) if saved else {}
+    return _Run(config, loader, engine, ops, metrics, total, done, done, loader.state_dict(), evaluated)
 
-    num_steps = settings.num_steps
+
+def _check(config: RunConfig, store: FeatureStore, target: Checkpoint, first: bool) -> None:
+    """Refuse a store that does not fit the target or the settings.
+
+    Raises:
+        ContractError, ConfigError: what differs.
+    """
+    if first:
+        # one reader is enough for two gigabytes of head
+        check_contract(store, target.directory)
+    check_lengths(store, target.config.get("index_topk") or 0)
+    if config.train.mask_position_0 != store.contract["mask_position_0"]:
+        raise ContractError(
+            f"train.mask_position_0 = {config.train.mask_position_0}, but the store is for a server with"
+            f" {store.contract['mask_position_0']}",
+            "vLLM masks position 0",
+        )
+    state_column(store.contract)
+
+
+def _steps_left(config: RunConfig, loader: Loader, saved: checkpoint.Saved | None) -> tuple[int, int]:
+    """(steps done, steps in all).
+
+    With another number of ranks a step holds another number of documents: what is left of the epochs is cut
+    anew.
+    """
+    total = total_steps(config, loader.steps_per_epoch())
+    if saved is None:
+        return 0, total
+    done = int(saved.meta["step"])
+    if saved.meta["ranks"] != loader.world_size and config.train.max_steps is None:
+        documents = int((~loader.store.held_out).sum())
+        passed = loader.position.epoch + loader.position.consumed / documents
+        left = max(1 - passed / config.train.epochs, 0)
+        total = done + math.ceil(left * total)
+    return done, total
+
+
+def _agree(batches: list[Packed], scored: list[Scored], caught: list[int]) -> tuple[Tensor, int, int]:
+    """What the ranks have to agree on before a step.
+
+    Returns:
+        Over all ranks, the predictions of each draft step that count, int64 [S], and the tokens; then the
+        signal by which one of them was asked to stop, or 0.
+    """
+    counts_S = torch.stack([s.valid.sum(1) for s in scored]).sum(0)
+    mine = [
+        sum(len(b.input_ids) for b in batches),
+        int(signal.SIGINT in caught),
+        int(signal.SIGTERM in caught),
+    ]
+    agreed = zero.reduce(torch.cat([counts_S, counts_S.new_tensor(mine)]))
+    tokens, interrupted, terminated = agreed[-3:].tolist()
+    stop = signal.SIGINT if interrupted else signal.SIGTERM if terminated else 0
+    return agreed[:-3], tokens, stop
+
+
+def _step(run: _Run, batches: list[Packed], scored: list[Scored], counts_S: Tensor) -> dict[str, float]:
+    """One optimizer step; returns its `train/` values for `metrics.jsonl`, the same on every rank.
+
+    Raises:
+        Layer61Error: the loss is not finite.
+    """
+    settings, num_steps = run.config.train, len(counts_S)
+    device = counts_S.device
+    rate = learning_rate(settings, run.step, run.total)
+    for group in run.engine.optimizer.param_groups:
+        group["lr"] = rate
     share_S = torch.tensor([settings.step_decay**s for s in range(num_steps)], dtype=torch.float64)
     share_S = (share_S / share_S.sum()).to(device)
-    evaluated: dict[str, Any] = dict(saved.meta["metrics"]) if saved else {}
-
-    # where the loader stands after the last whole step: it may be a batch ahead when a signal comes
-    position = loader.state_dict()
-
-    def evaluate(step: int) -> dict[str, Any]:
-        """Acceptance on held-out documents, the same on every rank; nothing where the store has none."""
-        if not store.held_out.any():
-            return {}
-        engine.eval()
-        found = measure(
-            engine,
-            store,
-            held_out(store, settings.evaluate_documents),
-            config.evaluate.num_speculative_tokens,
-            tokens_per_batch=settings.tokens_per_rank,
-            dtype=dtype,
-            device=device,
-            rank=rank,
-            world_size=world,
-            add_up=zero.reduce,
+    # DeepSpeed takes the mean over ranks and micro-batches; the loss is one over predictions
+    weight_S = (share_S / counts_S.clamp(min=1) * run.loader.world_size * len(batches)).float()
+    total = torch.zeros(1 + 2 * num_steps, dtype=torch.float64, device=device)
+    for batch, rows in zip(batches, scored, strict=True):
+        found = run.engine(batch, rows, rows.valid * weight_S[:, None])
+        run.engine.backward(found.loss)
+        run.engine.step()
+        total += sums(found, rows.valid)
+    values = means(zero.reduce(total), counts_S, run.loader.world_size * len(batches))
+    run.step, run.position = run.step + 1, run.loader.state_dict()
+    if not math.isfinite(values["train/loss"]):
+        raise Layer61Error(
+            f"the loss is {values['train/loss']} at step {run.step}",
+            "lower train.learning_rate; the same command goes on from the last checkpoint",
         )
-        engine.train()
-        metrics.write(
-            step,
-            {
-                "evaluate/acceptance_length": found["acceptance_length"],
-                **{f"evaluate/acceptance_{k + 1}": a for k, a in enumerate(found["acceptance_per_position"])},
-            },
-        )
-        if first:
-            length = found["acceptance_length"]
-            log("train", f"step {step:,}: acceptance length {length:.3f} on held-out documents")
-        return found
-
-    def save(step: int) -> None:
-        meta = {"contract": contract, "loader": position, "metrics": evaluated}
-        path = checkpoint.save(engine, ops, config.run.dir, step, meta, keep=settings.keep_checkpoints)
-        if first:
-            log("train", f"saved {path}")
-
-    if saved is None:
-        evaluate(0)
-    tokens_done, started, waited = 0, time.monotonic(), 0.0
-    step, on_disk = done, done
-    with task("train", total, start=done) if first else contextlib.nullcontext() as bar:
-        while step < total:
-            began = time.monotonic()
-            batches = [pack(next(loader), column, dtype, device) for _ in range(accumulation)]
-            wait_s = time.monotonic() - began
-
-            # how many predictions of each draft step count on all ranks, and whether one was asked to stop
-            scored = [batch.scored(num_steps) for batch in batches]
-            counts = torch.stack([s.valid.sum(1) for s in scored]).sum(0)
-            tokens = sum(len(b.input_ids) for b in batches)
-            agreed = zero.reduce(torch.cat([counts, counts.new_tensor([tokens, *_asked(caught)])]))
-            counts, (tokens, interrupted, terminated) = agreed[:num_steps], agreed[num_steps:].tolist()
-            if interrupted or terminated:
-                break
-            # DeepSpeed takes the mean over ranks and micro-batches; the loss is one over predictions
-            weight_S = (share_S / counts.clamp(min=1) * world * accumulation).float()
-
-            rate = learning_rate(settings, step, total)
-            for group in engine.optimizer.param_groups:
-                group["lr"] = rate
-            sums = torch.zeros(1 + 2 * num_steps, dtype=torch.float64, device=device)
-            for batch, rows in zip(batches, scored, strict=True):
-                weights_SM = rows.valid * weight_S[:, None]
-                found = engine(batch, rows, weights_SM)
-                engine.backward(found.loss)
-                engine.step()
-                sums += _sums(found.loss, found.agree, found.overlap, rows.valid)
-            zero.reduce(sums)
-            step, position = step + 1, loader.state_dict()
-            values = _values(sums, counts, world * accumulation)
-            if not math.isfinite(values["train/loss"]):
-                raise Layer61Error(
-                    f"the loss is {values['train/loss']} at step {step}",
-                    "lower train.learning_rate; the same command goes on from the last checkpoint",
-                )
-            tokens_done, waited = tokens_done + tokens, waited + wait_s
-            seconds = time.monotonic() - began
-            values |= {
-                "train/lr": rate,
-                "train/grad_norm": float(engine.get_global_grad_norm()),
-                "train/tokens": tokens,
-                "perf/tok_s": tokens / seconds,
-                "data/wait_frac": wait_s / seconds,
-                "mem/peak_gib": _memory_gib(),
-            }
-            metrics.write(step, values)
-            if bar is not None:
-                _show(bar, values, num_steps, tokens_done / (time.monotonic() - started), waited, started)
-            if step % settings.evaluate_every == 0 or step == total:
-                evaluated = evaluate(step)
-            elif evaluated:
-                evaluated = {}
-            if step % settings.checkpoint_every == 0 or step == total:
-                save(step)
-                on_disk = step
-        else:
-            interrupted = terminated = 0
-    if interrupted or terminated:
-        if on_disk != step:
-            save(step)
-        loader.close()
-        raise Stopped(signal.SIGINT if interrupted else signal.SIGTERM)
-    loader.close()
-    seconds = time.monotonic() - started
-    return {
-        "steps": step,
-        "tokens": tokens_done,
-        "seconds": round(seconds, 1),
-        "tokens_per_second": round(tokens_done / seconds, 1) if tokens_done else None,
-        "acceptance_length": evaluated.get("acceptance_length"),
-        "acceptance_per_position": evaluated.get("acceptance_per_position"),
-        "checkpoints": str(directory(config.run.dir)),
-    }
+    return values | {"train/lr": rate, "train/grad_norm": float(run.engine.get_global_grad_norm())}
 
 
-def _asked(caught: list[int]) -> tuple[int, int]:
-    return int(signal.SIGINT in caught), int(signal.SIGTERM in caught)
-
-
-def _sums(loss: Tensor, agree_SM: Tensor, overlap_SM: Tensor, valid_SM: Tensor) -> Tensor:
-    """Weighted loss, then per step the number of agreeing predictions and the summed overlap, float64."""
-    parts = [loss.detach().reshape(1), (agree_SM & valid_SM).sum(1), (overlap_SM * valid_SM).sum(1)]
-    return torch.cat([part.double() for part in parts])
-
-
-def _values(sums: Tensor, counts: Tensor, scale: int) -> dict[str, float]:
-    """Means over all predictions of a step, by draft step from 1."""
-    num_steps = len(counts)
-    shares = sums[1:].view(2, num_steps) / counts.clamp(min=1)
-    values = {"train/loss": float(sums[0]) / scale}
-    values |= {f"train/top1_pos{s + 1}": float(shares[0, s]) for s in range(num_steps)}
-    return values | {f"train/overlap_pos{s + 1}": float(shares[1, s]) for s in range(num_steps)}
-
-
-def _show(
-    bar: Task, values: dict[str, float], num_steps: int, tokens_s: float, waited: float, started: float
-) -> None:
-    top1 = " ".join(f"{values[f'train/top1_pos{s + 1}']:.3f}" for s in range(num_steps))
-    bar.advance(
-        1,
-        f"loss {values['train/loss']:.4f} | top1 {top1} | lr {values['train/lr']:.1e}"
-        f" | gnorm {values['train/grad_norm']:.2f} | {tokens_s:,.0f} tok/s"
-        f" | data {waited / (time.monotonic() - started):.1%} | mem {values['mem/peak_gib']:.1f} GiB",
+def _evaluate(run: _Run) -> dict[str, Any]:
+    """Acceptance on held-out documents, the same on every rank; nothing where the store has none."""
+    store, config, loader = run.loader.store, run.config, run.loader
+    if not store.held_out.any():
+        return {}
+    run.engine.eval()
+    found = measure(
+        run.engine,
+        store,
+        held_out(store, config.train.evaluate_documents),
+        config.evaluate.num_speculative_tokens,
+        tokens_per_batch=config.train.tokens_per_rank,
+        dtype=zero.dtype_of(config.train),
+        device=zero.device(),
+        rank=loader.rank,
+        world_size=loader.world_size,
+        add_up=zero.reduce,
     )
+    run.engine.train()
+    length, shares = found["acceptance_length"], found["acceptance_per_position"]
+    values = {f"evaluate/acceptance_{k + 1}": share for k, share in enumerate(shares)}
+    run.metrics.write(run.step, {"evaluate/acceptance_length": length, **values})
+    if run.loader.rank == 0:
+        log("train", f"step {run.step:,}: acceptance length {length:.3f} on held-out documents")
+    return found
+
+
+def _save(run: _Run) -> None:
+    """Save a checkpoint that goes on after `run.step`."""
+    meta = {"contract": run.loader.store.contract, "loader": run.position, "metrics": run.evaluated}
+    keep = run.config.train.keep_checkpoints
+    path = checkpoint.save(run.engine, run.ops, run.config.run.dir, run.step, meta, keep=keep)
+    run.saved_step = run.step
+    if run.loader.rank == 0:
+        log("train", f"saved {path}")
