@@ -1,9 +1,89 @@
-"""The stages meet only in files: what one of them imports never drags in another's engine."""
+"""Packages import each other in one direction, and no stage drags in the engine of another."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parent.parent
+# what a package may import of the others; a module stands for everything below it
+MAY_IMPORT = {
+    "configs": set(),
+    "featurestore": {"configs"},
+    "export": {"configs"},
+    "train": {"configs", "featurestore", "export.checkpoint", "export.keymap", "export.check"},
+    "pipeline": {"configs", "featurestore", "export"},
+    "pipeline.tiny": {"configs", "export", "train"},
+    "pipeline.cli": {"configs", "featurestore", "export", "train"},
+}
+# from the leaves up: a module imports only what stands before it
+TRAIN = [
+    *["kernels", "dims", "indexer", "attention", "blocks", "mtp", "model"],
+    *["unroll", "batch", "loss", "draft", "evaluate"],
+    *["plan", "zero", "checkpoint", "metrics", "trainer", "launch"],
+]
+
+
+def below(module, parent):
+    return module == parent or module.startswith(parent + ".")
+
+
+@pytest.fixture(scope="module")
+def imports():
+    """Module -> the modules of ours that it imports, those inside functions too."""
+    packages = [package for package in MAY_IMPORT if "." not in package]
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for package in packages
+        for path in (ROOT / package).rglob("*.py")
+    }
+    found = {}
+    for module, path in files.items():
+        names = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{path} has a relative import"
+                whole = {f"{node.module}.{alias.name}" for alias in node.names}
+                names |= {name if name in files else node.module for name in whole}
+        found[module] = names & files.keys()
+    return found
+
+
+def test_packages_import_each_other_in_one_direction_only(imports):
+    wrong = []
+    for module, names in imports.items():
+        package = max((p for p in MAY_IMPORT if below(module, p)), key=len)
+        allowed = MAY_IMPORT[package] | {module.partition(".")[0]}
+        wrong += [f"{module} -> {name}" for name in names if not any(below(name, a) for a in allowed)]
+    assert wrong == []
+
+
+def test_modules_of_train_import_only_what_lies_below_them(imports):
+    def place(module):
+        return TRAIN.index(module.split(".")[1])
+
+    inside = {
+        m: [n for n in names if below(n, "train")] for m, names in imports.items() if m.startswith("train.")
+    }
+    assert {m.split(".")[1] for m in inside} == set(TRAIN)
+    assert [f"{m} -> {n}" for m, names in inside.items() for n in names if place(n) > place(m)] == []
+
+
+def test_the_only_import_circle_is_reader_and_check(imports):
+    def reached(module):
+        seen, todo = set(), [module]
+        while todo:
+            new = imports[todo.pop()] - seen
+            seen |= new
+            todo += new
+        return seen
+
+    in_a_circle = {module for module in imports if module in reached(module)}
+    assert in_a_circle == {"featurestore.check", "featurestore.reader"}
 
 
 @pytest.mark.parametrize(

@@ -154,8 +154,8 @@ def test_two_ranks_learn_and_leave_a_checkpoint_that_serves(undisturbed, setting
     }
 
     # the offline evaluator finds what training found, up to the rounding of the weights
-    config = load_config([], [*settings, f"run.dir={undisturbed}", "evaluate.max_documents=64"])
-    found = evaluate.run(config, checkpoint="last")
+    more = [f"run.dir={undisturbed}", "evaluate.max_documents=64", "evaluate.checkpoint=last"]
+    found = evaluate.run(load_config([], [*settings, *more]))
     assert found["acceptance_length"] == pytest.approx(steps[STEPS]["evaluate/acceptance_length"], abs=0.1)
 
 

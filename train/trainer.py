@@ -19,7 +19,7 @@ from torch import Tensor
 from configs.errors import ContractError, InputError, Layer61Error
 from configs.lock import hold
 from configs.progress import log, task
-from configs.run_dir import directory
+from configs.run_dir import METRICS, directory
 from configs.schema import RunConfig, TrainConfig
 from export.checkpoint import Checkpoint
 from export.keymap import Op, keymap
@@ -201,7 +201,7 @@ def _open(config: RunConfig, rank: int, world: int) -> _Run:
             )
         loader.load_state_dict(saved.meta["loader"])
     done, total = _steps_left(config, loader, saved)
-    metrics = Metrics(config.run.dir / "metrics.jsonl" if first else None, done if saved else -1)
+    metrics = Metrics(config.run.dir / METRICS if first else None, done if saved else -1)
 
     # the layer, partitioned from the first byte on
     ds_config = zero.deepspeed_config(
