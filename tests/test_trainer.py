@@ -238,7 +238,7 @@ def test_a_store_of_another_target_is_refused_before_anything_is_written(
     with pytest.raises(ContractError, match="norm_and_head_sha256"):
         launch.run(config)
     assert not runs.directory(tmp_path / "run").exists()
-    # the other rank, which waited for that one, keeps its own story to itself
+    # the other rank, which waited for that one, adds no traceback
     assert "Traceback" not in capfd.readouterr().err
 
 

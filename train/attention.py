@@ -87,13 +87,13 @@ def _by_document(anchors: Tensor, cu_seqlens: Tensor, scale: float) -> Attend:
     for a, b, start in zip(counts, counts[1:], bounds, strict=False):
         if b > a:
             places = anchors[a:b] - start
-            # nobody looks beyond the last anchor
+            # no anchor sees beyond the last one
             end = int(places[-1]) + 1
             visible = torch.arange(end, device=anchors.device) <= places[:, None]
             spans.append((a, b, start, start + end, visible))
 
     def attend(q: Tensor, k: Tensor, v: Tensor, diagonal: list[tuple[Tensor, Tensor]]) -> Tensor:
-        parts = [
+        outputs = [
             attend_dense(
                 q[a:b],
                 k[start:end],
@@ -104,7 +104,7 @@ def _by_document(anchors: Tensor, cu_seqlens: Tensor, scale: float) -> Attend:
             )
             for a, b, start, end, visible in spans
         ]
-        return torch.cat(parts)
+        return torch.cat(outputs)
 
     return attend
 

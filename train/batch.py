@@ -1,4 +1,4 @@
-"""One packed batch on the device, and what a store must be for its documents to be one.
+"""One packed batch on the device, which documents are held out, and whether a store fits the target.
 
 Legend: T tokens, D hidden_size, B documents.
 """
@@ -36,8 +36,8 @@ class Packed(NamedTuple):
     def scored(self, num_steps: int) -> Scored:
         """The predictions of this batch that count.
 
-        A batch without any has one that is not valid: every rank must run every module, and none may be
-        left without a gradient.
+        If nothing is scored, one invalid prediction stands in: every rank must run every module and every
+        parameter must get a gradient.
         """
         found = select(self.loss_mask, self.cu_seqlens, num_steps)
         if len(found.tokens):
@@ -66,7 +66,7 @@ def pack(batch: Any, column: int, dtype: torch.dtype, device: torch.device) -> P
     """Copy a loader's batch to the device; its buffers may be reused afterwards.
 
     Args:
-        batch: `featurestore.Batch`; one without documents becomes three tokens that nobody wants predicted.
+        batch: `featurestore.Batch`; an empty one becomes one document of three tokens, all masked out.
         column: from `state_column`.
         dtype: dtype of the layer.
         device: where the layer is.
@@ -81,7 +81,7 @@ def pack(batch: Any, column: int, dtype: torch.dtype, device: torch.device) -> P
         )
 
     def copy(x: Tensor, to: torch.dtype | None = None) -> Tensor:
-        # blocking: the loader reads into these buffers again as soon as its next batch is asked for
+        # blocking: asking the loader for its next batch overwrites these buffers
         return x.to(device=device, dtype=to, copy=True)
 
     return Packed(
@@ -113,7 +113,8 @@ def check_contract(store: FeatureStore, directory: Path) -> Target:
         hint=hint,
     )
     if store.hidden_size != target.hidden_size:
-        raise ContractError(f"{what} do not belong together: states of {store.hidden_size} numbers", hint)
+        sizes = f"hidden_size {store.hidden_size} and {target.hidden_size}"
+        raise ContractError(f"{what} do not belong together: {sizes}", hint)
     return target
 
 
@@ -127,7 +128,7 @@ def check_lengths(store: FeatureStore, index_topk: int) -> None:
     if index_topk and longest > index_topk:
         raise ConfigError(
             f"{store.url} holds a document of {longest:,} tokens; attention is dense here and equals"
-            f" the target's up to index_topk = {index_topk:,} tokens",
+            f" the target's only up to index_topk = {index_topk:,} tokens",
             f"dump with prompts.max_length = {index_topk} or less",
         )
 

@@ -1,9 +1,9 @@
 """Offline acceptance: how many of a draft's tokens the target would take, from stored states alone.
 
 A server drafts K tokens after each token it knows, keeps those that equal the target's greedy ones up to the
-first that does not, and goes on behind the token the target then says. `walk` repeats exactly that over the
-answers of held-out documents, so that its acceptance length is the one a server measures; the mean over all
-anchors alike, which weighs hard places less than a server does, stands beside it.
+first that does not, and goes on after the token that the target gives there. `tally` repeats this walk over
+the answers of held-out documents, so that its acceptance length is the one a server measures; beside it
+stands the mean over all anchors, which weighs hard places less than a server does.
 
 Legend: T tokens, S = K draft steps, M predicted tokens.
 """
@@ -134,7 +134,7 @@ def tally(agree_SM: Tensor, overlap_SM: Tensor, scored: Scored, batch: Packed) -
 
 
 def _batches(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Cut documents into runs of at most `capacity` tokens; a longer document is a run of its own."""
+    """Split documents into batches of at most `capacity` tokens; a longer document is a batch of its own."""
     out: list[list[int]] = []
     used = capacity
     for place, length in enumerate(lengths):

@@ -1,4 +1,4 @@
-"""Starting training: this process alone, one rank of a launcher's, or ranks of our own on this machine."""
+"""Starting training: in this process, as one rank of a launcher, or in ranks started here."""
 
 import contextlib
 import ctypes
@@ -27,14 +27,14 @@ PARENT = "LAYER61_PARENT"
 
 
 def _free_port() -> int:
-    """A TCP port nobody listens on at this moment."""
+    """A TCP port that is free at this moment."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
 def run(config: RunConfig) -> dict[str, Any] | None:
-    """Train, in this process or in `train.ranks` processes of our own.
+    """Train, in this process or in `train.ranks` processes started here.
 
     Under torchrun or the deepspeed launcher (RANK is set) this process is one of theirs. After SIGINT or
     SIGTERM a checkpoint is saved and the signal is raised again, so that the exit code is 130 or 143.
@@ -43,7 +43,7 @@ def run(config: RunConfig) -> dict[str, Any] | None:
         The summary of the run on rank 0, None on other ranks.
 
     Raises:
-        Layer61Error: training failed; what a rank of our own found wrong is raised here.
+        Layer61Error: training failed; the error of a rank started here is raised here.
     """
     if "RANK" in os.environ or config.train.ranks == 1:
         from train.trainer import Stopped, train
@@ -87,7 +87,7 @@ def _run_all(config: RunConfig, ranks: int, folder: Path) -> dict[str, Any]:
         for rank in range(ranks):
             command = [sys.executable, "-m", "train.launch", str(folder)]
             own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            # in sessions of their own: the terminal's signal would reach them a second time
+            # in a session of its own: the terminal's signal would reach it a second time
             processes += [subprocess.Popen(command, env=own, start_new_session=True)]
         codes = _wait(processes)
     finally:
@@ -126,7 +126,7 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> list[tuple[int, int]]:
             for process in processes:
                 if process.poll() is None:
                     process.kill()
-        # a rank that found something wrong has written it down: no need to wait for the others
+        # a rank that failed by itself has written its error: no need to wait for the others
         elif any(0 < code < 128 for _, code in ended):
             deadline = min(deadline, time.monotonic() + 1)
         time.sleep(0.05)
@@ -134,12 +134,12 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> list[tuple[int, int]]:
 
 
 def _explain(folder: Path, failed: list[tuple[int, int]]) -> Layer61Error:
-    """What a rank found wrong, or else how the first one ended, after its traceback."""
+    """The typed error of a rank; without one, how the first rank ended, its traceback printed."""
     described = []
     for rank, _ in failed:
         with contextlib.suppress(OSError, ValueError):
             described.append(read_json(folder / f"error.{rank}.json"))
-    # a rank that does not know better is most often waiting for another one that is gone
+    # an error with a traceback is most often that of a rank waiting for one that is gone
     known = next((found for found in described if not found["trace"]), None)
     if known:
         return revive(known)

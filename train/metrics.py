@@ -84,12 +84,12 @@ def sums(found: HeadLoss, valid_SM: Tensor) -> Tensor:
     Returns:
         float64 [1 + 2 S]; adds up over micro-batches and ranks.
     """
-    parts = [
+    columns = [
         found.loss.detach().reshape(1),
         (found.agree & valid_SM).sum(1),
         (found.overlap * valid_SM).sum(1),
     ]
-    return torch.cat([part.double() for part in parts])
+    return torch.cat([column.double() for column in columns])
 
 
 def means(sums: Tensor, counts_S: Tensor, scale: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Reading a layer from a checkpoint: its tensors, the target's frozen tables, and the whole of it."""
+"""Reading the layer and the target's frozen tables from a checkpoint."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +22,7 @@ def layer_tensors(
 
     Args:
         target: the target checkpoint.
-        weights: directory of trained tensors with checkpoint names; by default the target's own layer.
+        weights: directory of trained tensors with checkpoint names; by default the released layer.
         dtype: dtype of every tensor but the router bias, which is float32.
 
     Raises:
@@ -71,7 +71,7 @@ def load_layer(
     Args:
         checkpoint_dir: the target: config.json and safetensors files, bf16 or block fp8.
         weights: directory of trained tensors (a training checkpoint's `weights`, or an export);
-            by default the target's own layer.
+            by default the released layer.
         dtype: dtype of parameters and tables; the router bias stays float32.
         device: where they live.
 

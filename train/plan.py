@@ -26,7 +26,7 @@ class Plan:
         trainable, frozen: parameters of the layer.
         tables: elements of embedding and head.
         ranks: ranks over which ZeRO partitions.
-        memory_bytes: parts of a rank's memory at its peak.
+        memory_bytes: peak memory of a rank, by use.
         tokens_per_step: most tokens of an optimizer step.
         documents, tokens: what the store holds for training; None where there is no store yet.
         steps: optimizer steps; None where they depend on a store that is not there.
@@ -44,7 +44,7 @@ class Plan:
     store: str
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in self.memory_bytes.items())
+        uses = ", ".join(f"{name} {size / GIB:.1f}" for name, size in self.memory_bytes.items())
         total = sum(self.memory_bytes.values()) / GIB
         if self.documents is None:
             data = f"no store at {self.store} yet, so the number of steps is open"
@@ -59,7 +59,7 @@ class Plan:
         return (
             f"{self.trainable:,} parameters trained, {self.frozen:,} of the layer frozen,"
             f" {self.tables:,} in the target's embedding and head\n"
-            f"memory of each of {self.ranks} ranks: at most {total:.1f} GiB ({parts})\n"
+            f"memory of each of {self.ranks} ranks: at most {total:.1f} GiB ({uses})\n"
             f"{data}\n"
             f"{steps}"
         )
@@ -81,10 +81,10 @@ def total_steps(config: RunConfig, steps_per_epoch: int) -> int:
 def _memory(
     config: RunConfig, model: dict[str, Any], trainable: int, frozen: int, tables: int
 ) -> dict[str, int]:
-    """Bytes of one rank. States are partitioned; a layer is gathered whole, its gradients for a time too.
+    """Bytes of one rank: states are partitioned, the layer and for a while its gradients are gathered whole.
 
-    Activations are what autograd keeps of a token and a draft step: joined input and norms, queries, keys,
-    values and result of every head, gate and up of every chosen expert.
+    Activations are what autograd keeps for each token and draft step: joined input and norms; queries, keys,
+    values and results of all heads; gate and up of all chosen experts.
     """
     train = config.train
     size = 2 if train.dtype == "bfloat16" else 4

@@ -45,7 +45,7 @@ class Stopped(BaseException):
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Note the first SIGINT or SIGTERM instead of dying of it, and look once a step; a second one ends us."""
+    """Note the first SIGINT or SIGTERM, for the loop to look at once a step; a second ends the process."""
     caught: list[int] = []
 
     def note(number: int, _frame: FrameType | None) -> None:
@@ -69,7 +69,7 @@ def _alone_in(run_dir: Path, first: bool) -> contextlib.AbstractContextManager[N
     """
     if not first:
         return contextlib.nullcontext()
-    # ranks of a run that was killed a moment ago may still be on their way out
+    # ranks of a run that was just killed may not be gone yet
     hint = "wait for it, or choose another run.dir"
     return hold(run_dir / ".train.lock", "another training", hint, patience_s=10)
 
@@ -114,7 +114,7 @@ def train(config: RunConfig) -> dict[str, Any] | None:
     """Train until the last step; go on from the newest whole checkpoint of the run directory.
 
     Returns:
-        The summary on rank 0: steps, tokens, seconds, last and best evaluation. None on other ranks.
+        The summary on rank 0: steps, tokens, seconds, the last evaluation. None on other ranks.
 
     Raises:
         Stopped: after a clean save, on SIGINT or SIGTERM.
@@ -203,7 +203,7 @@ def _open(config: RunConfig, rank: int, world: int) -> _Run:
     done, total = _steps_left(config, loader, saved)
     metrics = Metrics(config.run.dir / METRICS if first else None, done if saved else -1)
 
-    # the layer, partitioned from the first byte on
+    # the layer is partitioned from its first byte on
     ds_config = zero.deepspeed_config(
         settings,
         num_parameters=sum(math.prod(op.shape) for op in ops),
@@ -227,7 +227,7 @@ def _check(config: RunConfig, store: FeatureStore, target: Checkpoint, first: bo
         ContractError, ConfigError: what differs.
     """
     if first:
-        # one reader is enough for two gigabytes of head
+        # the head is two gigabytes: one rank reads it
         check_contract(store, target.directory)
     check_lengths(store, target.config.get("index_topk") or 0)
     if config.train.mask_position_0 != store.contract["mask_position_0"]:
@@ -242,8 +242,8 @@ def _check(config: RunConfig, store: FeatureStore, target: Checkpoint, first: bo
 def _steps_left(config: RunConfig, loader: Loader, saved: checkpoint.Saved | None) -> tuple[int, int]:
     """(steps done, steps in all).
 
-    With another number of ranks a step holds another number of documents: what is left of the epochs is cut
-    anew.
+    With another number of ranks a step holds another number of documents: the steps of the remaining epochs
+    are counted anew.
     """
     total = total_steps(config, loader.steps_per_epoch())
     if saved is None:

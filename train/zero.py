@@ -63,9 +63,13 @@ def device() -> torch.device:
 
 
 def init_distributed() -> tuple[int, int]:
-    """Join the process group the environment names, alone where it names none; returns (rank, world size)."""
+    """Join the process group that the environment names, or one of this process alone.
+
+    Returns:
+        (rank, world size).
+    """
     if "RANK" not in os.environ:
-        # DeepSpeed knows no other way to be alone; at port 0 the system chooses a free one
+        # DeepSpeed wants these for a single process too; at port 0 the system picks a free one
         os.environ.update(ALONE | {"MASTER_PORT": "0"})
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # a shared-memory all-reduce that is compiled at first use; gloo needs no compiler
@@ -75,7 +79,7 @@ def init_distributed() -> tuple[int, int]:
 
 
 def shutdown() -> None:
-    """Leave the process group, so that another one can be joined."""
+    """Leave the process group, so that this process can join another one."""
     if dist.is_initialized():
         deepspeed.comm.destroy_process_group()
     if all(os.environ.get(key) == value for key, value in ALONE.items()):
@@ -109,10 +113,10 @@ def deepspeed_config(
             "stage": 3,
             "overlap_comm": torch.cuda.is_available(),
             "contiguous_gradients": True,
-            # it replaces torch.nn.functional.linear for the whole process
+            # it would replace torch.nn.functional.linear in the whole process
             "memory_efficient_linear": False,
             "reduce_bucket_size": min(REDUCE_BUCKET, num_parameters),
-            # every draft step runs the same modules: what is gathered stays until the last one is done
+            # every draft step runs the same modules: keep what is gathered until the last one is done
             "stage3_max_live_parameters": 100_000_000_000,
             "stage3_max_reuse_distance": 100_000_000_000,
             "stage3_gather_16bit_weights_on_model_save": False,
@@ -141,7 +145,7 @@ def build_layer(
         target: the target checkpoint.
         train: the settings.
         ds_config: from `deepspeed_config`.
-        weights: directory of trained tensors; by default the target's own layer.
+        weights: directory of trained tensors; by default the released layer.
 
     Raises:
         InputError: as `train.model.load_layer`.
