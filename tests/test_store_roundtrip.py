@@ -23,6 +23,7 @@ from configs.errors import (
 from featurestore import StoreWriter, open_store, part_exists, publish
 from featurestore.layout import dump_json, group_metadata
 from featurestore.manifest import read_index
+from featurestore.objects import open_objects
 from tests.documents import CONTRACT, append, assert_same, make, write
 
 
@@ -51,7 +52,7 @@ def test_any_documents_and_any_range_come_back(tmp_path_factory, drawn, data) ->
         made += documents
     if not parts:
         StoreWriter(path, CONTRACT)
-    publish(path)
+    publish(open_objects(path, durable=False))
     store = open_store(path)
     assert len(store) == len(made)
     for i, document in enumerate(made):
