@@ -182,7 +182,7 @@ def run(files: Sequence[str], overrides: Sequence[str], *, dry_run: bool = False
     greedy = served["greedy"]
     console.print(
         f"greedy output with the draft: {greedy['equal']} of {greedy['requests']} equal to plain decoding,"
-        f" {greedy['ties']} part at a tie (within the target's own rounding), {greedy['different']} differ"
+        f" {greedy['ties']} diverge at a tie (within the target's own rounding), {greedy['different']} differ"
     )
     for verb, place in places.items():
         console.print(f"{verb:<9} {place}")

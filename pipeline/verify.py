@@ -1,9 +1,9 @@
 """`layer61 verify`: serve target and draft in vLLM, and measure what the draft is worth.
 
-Three engines run one after the other, each in a process of its own so that its memory is returned:
+Three engines run one after the other (`pipeline.measure`):
 
-    before     with the target's own MTP layer
-    after      with the exported draft
+    before     with the released layer
+    after      with the trained draft
     plain      the target alone
 
 Acceptance comes from vLLM's own counters. Greedy outputs with and without draft must be equal but for ties;
@@ -11,14 +11,9 @@ Acceptance comes from vLLM's own counters. Greedy outputs with and without draft
 """
 
 import contextlib
-import multiprocessing
-import os
-import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,157 +21,251 @@ import torch
 
 from configs import run_dir
 from configs.contract import require_same, target_contract
-from configs.errors import ConfigError, InputError, Layer61Error
+from configs.errors import InputError
 from configs.files import read_json, sha256_file, sha256_json, write_json
-from configs.progress import log, task
+from configs.progress import log
 from configs.provenance import vllm_version
 from configs.schema import RunConfig
 from export.check import check, refuse_name
 from export.checkpoint import Checkpoint
 from export.directory import MANIFEST
-from pipeline import child
-from pipeline.greedy import compare, noise, partings
+from pipeline.greedy import compare
+from pipeline.measure import measure
 from pipeline.prompts import load_prompts
 from pipeline.view import make_view
 
 __all__ = ["plan", "run", "verify"]
 
-NAMES = {"plain": "target alone", "before": "target's own layer", "after": "exported draft"}
-# largest logits kept of a token; the most that vLLM returns by default
-KEPT_LOGITS = 20
-# requests the target reads again to measure its own rounding
-READ_AGAIN = 64
+NAMES = {"plain": "target alone", "before": "released layer", "after": "trained draft"}
 CPU_KV_CACHE_BYTES = 1 << 30
-DRAFTS = "vllm:spec_decode_num_drafts"
-ACCEPTED = "vllm:spec_decode_num_accepted_tokens_per_pos"
 
 
-def _serve(job: dict[str, Any], connection: Connection) -> None:
-    """Run one engine over all prompts; the body of the child process."""
-    child.enter(job["log"])
-    if job["engine"]["tensor_parallel_size"] == 1:
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # the model classes as vLLM ships them, without the capture's
-    os.environ.setdefault("VLLM_PLUGINS", "")
-
-    from tqdm.auto import tqdm
-    from vllm import LLM, SamplingParams
-    from vllm.inputs import TokensPrompt
-    from vllm.v1.metrics.reader import Counter, Vector
-
-    class Report(tqdm):
-        """Sends the number of finished requests instead of drawing a bar."""
-
-        def update(self, n: float | None = 1) -> bool | None:
-            if "Processed" in (self.desc or ""):
-                connection.send(("progress", n or 0))
-            return None
-
-    started = time.monotonic()
-    llm = LLM(**job["engine"])
-    ready = time.monotonic()
-    sampling = [
-        SamplingParams(
-            temperature=0,
-            max_tokens=max_tokens,
-            stop_token_ids=job["stop_token_ids"],
-            detokenize=False,
-            logprobs=KEPT_LOGITS if job["keep_logits"] else None,
-        )
-        for max_tokens in job["max_tokens"]
-    ]
-    prompts = [TokensPrompt(prompt_token_ids=ids) for ids in job["prompts"]]
-    outputs = llm.generate(prompts, sampling, use_tqdm=Report)
-    result: dict[str, Any] = {
-        "start_seconds": round(ready - started, 2),
-        "seconds": round(time.monotonic() - ready, 2),
-        "dtype": str(llm.llm_engine.model_config.dtype).removeprefix("torch."),
-        "outputs": [list(o.outputs[0].token_ids) for o in outputs],
-    }
-    if job["keep_logits"]:
-        written = [[_logits(step) for step in o.outputs[0].logprobs or []] for o in outputs]
-        result |= _judge(llm, job, result["outputs"], written)
-    for metric in llm.get_metrics():
-        if metric.name == DRAFTS and isinstance(metric, Counter):
-            result["num_drafts"] = result.get("num_drafts", 0) + metric.value
-        if metric.name == ACCEPTED and isinstance(metric, Vector):
-            so_far = result.get("num_accepted_per_position", [0] * len(metric.values))
-            result["num_accepted_per_position"] = [a + b for a, b in zip(so_far, metric.values, strict=True)]
-    connection.send(("result", result))
-    connection.close()
-
-
-def _logits(step: Any) -> dict[int, float]:
-    """vLLM's record of one token as logits by token id."""
-    return {token: entry.logprob for token, entry in step.items()}
-
-
-def _judge(
-    llm: Any, job: dict[str, Any], outputs: list[list[int]], written: list[list[dict[int, float]]]
+def verify(
+    target_dir: Path | str,
+    draft_dir: Path | str,
+    prompts: Sequence[Sequence[int]],
+    *,
+    num_speculative_tokens: int = 3,
+    max_tokens: int = 256,
+    vllm: dict[str, Any] | None = None,
+    tensor_parallel_size: int = 1,
+    compare_released: bool = True,
+    view: Literal["auto", "native", "v3"] = "auto",
+    work_dir: Path | str | None = None,
 ) -> dict[str, Any]:
-    """The target's logits where other outputs part from its own, and its noise.
+    """Serve target and draft on prompts; measure acceptance with the released layer and the trained draft.
+
+    Args:
+        target_dir: the target checkpoint.
+        draft_dir: an exported draft directory.
+        prompts: token ids, generation prompt included.
+        num_speculative_tokens: draft tokens a step.
+        max_tokens: most tokens of an answer; fewer where prompt and answer would exceed what can be served.
+        vllm: further arguments of vLLM's engine.
+        tensor_parallel_size: GPUs of an engine.
+        compare_released: also serve the target with the released layer and alone.
+        view: serve V3.2 natively or as V3 (`pipeline.view`); `auto` takes the view where there is no GPU.
+        work_dir: directory for logs and finished measurements, which a second call reuses; none are kept
+            by default.
 
     Returns:
-        `logits`: a list of request, position and logits by token id; `noise`: as `greedy.noise`.
-    """
-    from vllm import SamplingParams
-    from vllm.inputs import TokensPrompt
-
-    parted = {(p.request, p.position) for o in job["others"].values() for p in partings(outputs, o)}
-    requests = dict.fromkeys(request for request, _ in sorted(parted))
-    requests |= dict.fromkeys(range(len(outputs)))
-    chosen = list(requests)[:READ_AGAIN]
-    sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=KEPT_LOGITS, detokenize=False)
-    texts = [TokensPrompt(prompt_token_ids=job["prompts"][r] + outputs[r][:-1]) for r in chosen]
-    pairs = []
-    for request, text in zip(chosen, llm.generate(texts, sampling, use_tqdm=False), strict=True):
-        read = text.prompt_logprobs[len(job["prompts"][request]) :]
-        pairs += [(w, _logits(step)) for w, step in zip(written[request], read, strict=False)]
-    return {
-        "logits": [[r, p, written[r][p]] for r, p in sorted(parted) if p < len(written[r])],
-        "noise": noise(pairs),
-    }
-
-
-def _run_engine(name: str, job: dict[str, Any]) -> dict[str, Any]:
-    """Run `_serve` in a fresh process and return its result.
+        `before` (released layer) and `after` (trained draft): `acceptance_length` = 1 + accepted drafts a
+        step, `acceptance_per_position`, `num_drafts`, `num_accepted_per_position`, `num_output_tokens`,
+        `seconds`; `plain`: speed, and the target's own `noise`; `greedy`: as `greedy.compare` for `after`,
+        and `greedy_before` for `before`; `versions`. Without `compare_released`, `after` alone is not None.
 
     Raises:
-        Layer61Error: the engine failed; names its log.
+        InputError: the draft does not load beside this target, or a prompt is empty or too long.
+        ContractError: the draft was made for another target.
+        ConfigError: the draft's path would mislead vLLM.
+        Layer61Error: vLLM failed.
     """
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(job, theirs), name=f"layer61-{name}")
-    result: dict[str, Any] | None = None
-    log("verify", f"{NAMES[name]}: starting vLLM, log in {job['log']}")
-    process.start()
-    theirs.close()
-    try:
-        with task(f"verify {name}", len(job["prompts"])) as progress, contextlib.suppress(EOFError):
-            while result is None:
-                kind, value = ours.recv()
-                if kind == "progress":
-                    progress.advance(value)
-                else:
-                    result = value
-    finally:
-        if result is None:
-            process.terminate()
-        process.join()
-    if result is None:
-        raise Layer61Error(
-            f"vLLM failed while serving the {NAMES[name]}: {_last_error(Path(job['log']))}",
-            f"the whole story is in {job['log']}",
+    target, draft = Checkpoint(target_dir), Checkpoint(draft_dir)
+    has_gpu = torch.cuda.is_available()
+    if view == "auto":
+        view = "native" if has_gpu else "v3"
+    job = _check(target, draft, [list(map(int, ids)) for ids in prompts], max_tokens, view)
+    longest = max(len(ids) + room for ids, room in zip(job["prompts"], job["max_tokens"], strict=True))
+    engine = {
+        **({} if has_gpu else {"enforce_eager": True, "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}),
+        "max_model_len": longest + num_speculative_tokens + 1,
+        "disable_log_stats": False,
+        "skip_tokenizer_init": True,
+        **(vllm or {}),
+        "tensor_parallel_size": tensor_parallel_size,
+        "seed": 0,
+    }
+    names = ("before", "after", "plain") if compare_released else ("after",)
+    with contextlib.ExitStack() as stack:
+        if work_dir is None:
+            work_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="layer61-verify-"))
+        folder = Path(work_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        results = _measure_in_turn(names, target, draft, job, engine, num_speculative_tokens, view, folder)
+    found = {"num_prompts": len(prompts), "view": view, "versions": _versions()}
+    return _summary(results, num_speculative_tokens) | found
+
+
+def _check(
+    target: Checkpoint, draft: Checkpoint, prompts: list[list[int]], max_tokens: int, view: str
+) -> dict[str, Any]:
+    """Refuse what cannot be served together; what every engine has to answer.
+
+    Raises:
+        as `verify`.
+    """
+    target.mtp_names()
+    refuse_name(draft.directory)
+    if problems := check(draft.directory, target.directory)["vllm"]:
+        raise InputError(
+            f"{draft.directory} is no vLLM draft for {target.directory}: {problems[0]}",
+            "export it again for this target, layout nextn, quantisation auto",
         )
-    return result
+    _compare_targets(target, draft)
+    room = _check_prompts(prompts, target.config, max_tokens, view)
+    eos = target.config.get("eos_token_id")
+    stop = [eos] if isinstance(eos, int) else list(eos or [])
+    return {"prompts": prompts, "max_tokens": room, "stop_token_ids": stop}
 
 
-def _last_error(path: Path) -> str:
-    """The last line of an engine's log that names an exception."""
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    named = [line for line in lines if "Error: " in line or line.rstrip().endswith("Error")]
-    return (named or lines or ["it ended without a word"])[-1].strip()
+def _compare_targets(target: Checkpoint, draft: Checkpoint) -> None:
+    """Check that a draft that says for which target it was made was made for this one.
+
+    Raises:
+        ContractError: it was made for another one.
+    """
+    try:
+        made_for = read_json(draft.directory / MANIFEST)["identity"]["target"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    require_same(
+        {"target": made_for},
+        {"target": target_contract(target.directory).model_dump(mode="json")},
+        f"draft {draft.directory} and target {target.directory}",
+        hint="set export.dir to the draft of this target, or target.path to the draft's",
+    )
+
+
+def _check_prompts(prompts: list[list[int]], config: dict[str, Any], max_tokens: int, view: str) -> list[int]:
+    """Most tokens of each answer: `max_tokens`, or what is left below the length that can be served.
+
+    Raises:
+        InputError: there is no prompt, one is empty, has an unknown token, or leaves no room for two more.
+    """
+    if not prompts:
+        raise InputError("there is no held-out conversation to serve", "raise prompts.held_out")
+    bound = config.get("max_position_embeddings", sys.maxsize)
+    if view == "v3":
+        bound = min(bound, config.get("index_topk") or sys.maxsize)
+    room = []
+    for number, ids in enumerate(prompts):
+        if not ids or min(ids) < 0 or max(ids) >= config["vocab_size"]:
+            raise InputError(f"prompt {number} is empty or has token ids beyond the target's vocabulary")
+        room.append(min(max_tokens, bound - len(ids)))
+        if room[-1] < 2:
+            raise InputError(
+                f"prompt {number} has {len(ids):,} tokens, {bound:,} with its answer can be served"
+                + (" where the V3 view equals sparse attention" if view == "v3" else ""),
+                "lower prompts.max_length",
+            )
+    return room
+
+
+def _measure_in_turn(
+    names: Sequence[str],
+    target: Checkpoint,
+    draft: Checkpoint,
+    job: dict[str, Any],
+    engine: dict[str, Any],
+    num_speculative_tokens: int,
+    view: Literal["native", "v3"],
+    folder: Path,
+) -> dict[str, dict[str, Any]]:
+    """What each engine measures, by its name; `folder` keeps it for a later call."""
+    identity = {
+        "format": 1,
+        "engine": engine,
+        "job": job,
+        "view": view,
+        "target": target_contract(target.directory).model_dump(mode="json", exclude={"path"}),
+        "versions": _versions(),
+    }
+    results: dict[str, dict[str, Any]] = {}
+    with _views(target.directory, draft.directory, view) as (target_path, draft_path):
+        for name in names:
+            speculative = {"method": "mtp", "num_speculative_tokens": num_speculative_tokens}
+            mine: dict[str, Any] = {"model": str(target_path), "speculative_config": speculative}
+            made_from: dict[str, Any] = {**identity, "name": name, "drafts": num_speculative_tokens}
+            others = {}
+            if name == "plain":
+                mine = {"model": str(target_path), "logprobs_mode": "raw_logits"}
+                others = {other: result["outputs"] for other, result in results.items()}
+                made_from |= {"drafts": 0, "others": others}
+            if name == "after":
+                speculative["model"] = str(draft_path)
+                made_from["draft"] = _draft_identity(draft)
+            kept, key = folder / f"{name}.json", sha256_json(made_from)
+            if (earlier := _reuse(kept, key)) is not None:
+                results[name] = earlier
+                continue
+            log_file = str(folder.absolute() / f"{name}.log")
+            own = {"engine": engine | mine, "keep_logits": name == "plain", "others": others, "log": log_file}
+            results[name] = measure(NAMES[name], job | own)
+            write_json(kept, {"key": key, "result": results[name]})
+    return results
+
+
+@contextlib.contextmanager
+def _views(target: Path, draft: Path, view: Literal["native", "v3"]) -> Iterator[tuple[Path, Path]]:
+    """The directories to serve: the given ones, or V3 views of them in a temporary place."""
+    if view == "native":
+        yield target, draft
+        return
+    with tempfile.TemporaryDirectory(prefix="layer61-views-", ignore_cleanup_errors=True) as folder:
+        yield make_view(target, Path(folder) / "target"), make_view(draft, Path(folder) / "draft")
+
+
+def _versions() -> dict[str, str]:
+    return {"vllm": vllm_version(), "torch": torch.__version__}
+
+
+def _draft_identity(draft: Checkpoint) -> Any:
+    """What a draft is: its manifest's identity, or hashes of its files."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return read_json(draft.directory / MANIFEST)["identity"]
+    files = sorted({draft.file(name) for name in draft.names})
+    return {file: sha256_file(draft.directory / file) for file in ("config.json", *files)}
+
+
+def _reuse(path: Path, key: str) -> dict[str, Any] | None:
+    """A finished measurement of an earlier call, if it was made from the same things."""
+    try:
+        kept = read_json(path)
+        if kept["key"] != key:
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    log("verify", f"{NAMES[path.stem]}: already measured, taken from {path}")
+    return kept["result"]
+
+
+def _summary(results: dict[str, dict[str, Any]], num_speculative_tokens: int) -> dict[str, Any]:
+    """Acceptance, speed and the comparison of outputs, from what the engines measured."""
+    after = _acceptance(results["after"], num_speculative_tokens)
+    summary: dict[str, Any] = {"before": None, "after": after, "plain": None, "greedy": None}
+    if plain := results.get("plain"):
+        summary["before"] = _acceptance(results["before"], num_speculative_tokens)
+        summary["plain"] = _speed(plain) | {"noise": plain["noise"]}
+        logits = {(r, p): {int(t): x for t, x in known.items()} for r, p, known in plain["logits"]}
+        for name, key in (("after", "greedy"), ("before", "greedy_before")):
+            summary[key] = compare(
+                plain["outputs"],
+                results[name]["outputs"],
+                logits,
+                eps=torch.finfo(getattr(torch, plain["dtype"])).eps,
+                largest_noise=plain["noise"]["largest"],
+            )
+    return summary
 
 
 def _acceptance(result: dict[str, Any], num_speculative_tokens: int) -> dict[str, Any]:
@@ -206,230 +295,9 @@ def _speed(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _compare_targets(target: Checkpoint, draft: Checkpoint) -> None:
-    """Check that a draft that says for which target it was made was made for this one.
-
-    Raises:
-        ContractError: it was made for another one.
-    """
-    try:
-        made_for = read_json(draft.directory / MANIFEST)["identity"]["target"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    require_same(
-        {"target": made_for},
-        {"target": target_contract(target.directory).model_dump(mode="json")},
-        f"draft {draft.directory} and target {target.directory}",
-        hint="set export.dir to the draft of this target, or target.path to the draft's",
-    )
-
-
-def _draft_identity(draft: Checkpoint) -> Any:
-    """What a draft is: its manifest's identity, or hashes of its files."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return read_json(draft.directory / MANIFEST)["identity"]
-    files = sorted({draft.file(name) for name in draft.names})
-    return {file: sha256_file(draft.directory / file) for file in ("config.json", *files)}
-
-
-@contextlib.contextmanager
-def _views(target: Path, draft: Path, view: Literal["native", "v3"]) -> Iterator[tuple[Path, Path]]:
-    """The directories to serve: the given ones, or V3 views of them in a temporary place."""
-    if view == "native":
-        yield target, draft
-        return
-    folder = Path(tempfile.mkdtemp(prefix="layer61-views-"))
-    try:
-        yield make_view(target, folder / "target"), make_view(draft, folder / "draft")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def verify(
-    target_dir: Path | str,
-    draft_dir: Path | str,
-    prompts: Sequence[Sequence[int]],
-    *,
-    num_speculative_tokens: int = 3,
-    max_tokens: int = 256,
-    vllm: dict[str, Any] | None = None,
-    tensor_parallel_size: int = 1,
-    compare_released: bool = True,
-    limit: int | None = None,
-    view: Literal["auto", "native", "v3"] = "auto",
-    work_dir: Path | str | None = None,
-) -> dict[str, Any]:
-    """Serve target and draft on prompts and measure acceptance before and after training.
-
-    Args:
-        target_dir: the target checkpoint.
-        draft_dir: an exported draft directory.
-        prompts: token ids, generation prompt included.
-        num_speculative_tokens: draft tokens a step.
-        max_tokens: most tokens of an answer; fewer where prompt and answer would exceed what can be served.
-        vllm: further arguments of vLLM's engine.
-        tensor_parallel_size: GPUs of an engine.
-        compare_released: also serve the target alone and with its own layer.
-        limit: use the first so many prompts.
-        view: serve V3.2 natively or as V3 (`pipeline.view`); `auto` takes the view where there is no GPU.
-        work_dir: directory for logs and finished measurements, which a second call reuses; none are kept
-            by default.
-
-    Returns:
-        `before` and `after` (None and absent comparisons without `compare_released`): `acceptance_length`
-        = 1 + accepted drafts a step, `acceptance_per_position`, `num_drafts`, `num_accepted_per_position`,
-        `num_output_tokens`, `seconds`; `plain`: speed, and the target's own `noise`; `greedy`: as
-        `greedy.compare` for `after`, and `greedy_before` for `before`; `versions`.
-
-    Raises:
-        InputError: the draft does not load beside this target, or a prompt is empty or too long.
-        ContractError: the draft was made for another target.
-        ConfigError: the draft's path would mislead vLLM.
-        Layer61Error: vLLM failed.
-    """
-    target, draft = Checkpoint(target_dir), Checkpoint(draft_dir)
-    target.mtp_names()
-    refuse_name(draft.directory)
-    if problems := check(draft.directory, target.directory)["vllm"]:
-        raise InputError(
-            f"{draft.directory} is no vLLM draft for {target.directory}: {problems[0]}",
-            "export it again for this target, layout nextn, quantisation auto",
-        )
-    _compare_targets(target, draft)
-    prompts = [list(map(int, ids)) for ids in prompts][:limit]
-    chosen = ("native" if torch.cuda.is_available() else "v3") if view == "auto" else view
-    room = _check_prompts(prompts, target.config, max_tokens, chosen)
-    vllm = dict(vllm or {})
-    if not torch.cuda.is_available():
-        vllm = {"enforce_eager": True, "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES} | vllm
-    engine = {
-        "max_model_len": max(map(sum, zip(map(len, prompts), room, strict=True)))
-        + num_speculative_tokens
-        + 1,
-        "disable_log_stats": False,
-        "skip_tokenizer_init": True,
-        **vllm,
-        "tensor_parallel_size": tensor_parallel_size,
-        "seed": 0,
-    }
-    folder = Path(work_dir) if work_dir is not None else Path(tempfile.mkdtemp(prefix="layer61-verify-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    eos = target.config.get("eos_token_id")
-    job = {
-        "prompts": prompts,
-        "max_tokens": room,
-        "stop_token_ids": [eos] if isinstance(eos, int) else list(eos or []),
-    }
-    identity = {
-        "format": 1,
-        "engine": engine,
-        "job": job,
-        "view": chosen,
-        "target": target_contract(target.directory).model_dump(mode="json", exclude={"path"}),
-        "versions": _versions(),
-    }
-    results: dict[str, dict[str, Any]] = {}
-    try:
-        with _views(target.directory, draft.directory, chosen) as (target_path, draft_path):
-            for name in ("before", "after", "plain") if compare_released else ("after",):
-                speculative = {"method": "mtp", "num_speculative_tokens": num_speculative_tokens}
-                mine: dict[str, Any] = {"model": str(target_path), "speculative_config": speculative}
-                made_from: dict[str, Any] = {**identity, "name": name, "drafts": num_speculative_tokens}
-                others = {}
-                if name == "plain":
-                    mine = {"model": str(target_path), "logprobs_mode": "raw_logits"}
-                    others = {other: result["outputs"] for other, result in results.items()}
-                    made_from |= {"drafts": 0, "others": others}
-                if name == "after":
-                    speculative["model"] = str(draft_path)
-                    made_from["draft"] = _draft_identity(draft)
-                kept = folder / f"{name}.json"
-                results[name] = _reuse(kept, sha256_json(made_from)) or _measure(
-                    name,
-                    {
-                        **job,
-                        "engine": {**engine, **mine},
-                        "keep_logits": name == "plain",
-                        "others": others,
-                        "log": str(folder.absolute() / f"{name}.log"),
-                    },
-                    kept,
-                    sha256_json(made_from),
-                )
-    finally:
-        if work_dir is None:
-            shutil.rmtree(folder, ignore_errors=True)
-    after = _acceptance(results["after"], num_speculative_tokens)
-    summary: dict[str, Any] = {"before": None, "after": after, "plain": None, "greedy": None}
-    if compare_released:
-        plain = results["plain"]
-        summary["before"] = _acceptance(results["before"], num_speculative_tokens)
-        summary["plain"] = _speed(plain) | {"noise": plain["noise"]}
-        logits = {(r, p): {int(t): x for t, x in known.items()} for r, p, known in plain["logits"]}
-        for name, key in (("after", "greedy"), ("before", "greedy_before")):
-            summary[key] = compare(
-                plain["outputs"],
-                results[name]["outputs"],
-                logits,
-                eps=torch.finfo(getattr(torch, plain["dtype"])).eps,
-                largest_noise=plain["noise"]["largest"],
-            )
-    return summary | {"num_prompts": len(prompts), "view": chosen, "versions": _versions()}
-
-
-def _versions() -> dict[str, str]:
-    return {"vllm": vllm_version(), "torch": torch.__version__}
-
-
-def _check_prompts(prompts: list[list[int]], config: dict[str, Any], max_tokens: int, view: str) -> list[int]:
-    """Most tokens of each answer: `max_tokens`, or what is left below the length that can be served.
-
-    Raises:
-        InputError: there is no prompt, one is empty, has an unknown token, or leaves no room for two more.
-    """
-    if not prompts:
-        raise InputError("there is no held-out conversation to serve", "raise prompts.held_out")
-    bound = config.get("max_position_embeddings", sys.maxsize)
-    if view == "v3":
-        bound = min(bound, config.get("index_topk") or sys.maxsize)
-    room = []
-    for number, ids in enumerate(prompts):
-        if not ids or min(ids) < 0 or max(ids) >= config["vocab_size"]:
-            raise InputError(f"prompt {number} is empty or has token ids beyond the target's vocabulary")
-        room.append(min(max_tokens, bound - len(ids)))
-        if room[-1] < 2:
-            raise InputError(
-                f"prompt {number} has {len(ids):,} tokens, {bound:,} with its answer can be served"
-                + (" where the V3 view equals sparse attention" if view == "v3" else ""),
-                "lower prompts.max_length",
-            )
-    return room
-
-
-def _reuse(path: Path, key: str) -> dict[str, Any] | None:
-    """A finished measurement of an earlier call, if it was made from the same things."""
-    try:
-        kept = read_json(path)
-        if kept["key"] != key:
-            return None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    log("verify", f"{NAMES[path.stem]}: already measured, taken from {path}")
-    return kept["result"]
-
-
-def _measure(name: str, job: dict[str, Any], path: Path, key: str) -> dict[str, Any]:
-    result = _run_engine(name, job)
-    write_json(path, {"key": key, "result": result})
-    tokens = sum(map(len, result["outputs"]))
-    log("verify", f"{NAMES[name]}: {tokens:,} tokens in {result['seconds']:.1f} s")
-    return result
-
-
 def _held_out(config: RunConfig) -> list[list[int]]:
     """Prompts of the held-out conversations, up to where the last answer begins."""
-    assert config.target.path is not None
-    documents = load_prompts(config.prompts, config.target.path, config.run.seed).documents
+    documents = load_prompts(config.prompts, config.require_target(), config.run.seed).documents
     prompts = [d.input_ids[: d.spans[-1][0]].tolist() for d in documents if d.held_out]
     return prompts[: config.verify.max_conversations]
 
@@ -442,13 +310,10 @@ def plan(config: RunConfig) -> str:
         InputError: the conversations or the tokenizer are unusable.
     """
     refuse_name(config.export_dir)
-    if config.target.path is None:
-        raise ConfigError("target.path is not set", "set it to the directory of the target checkpoint")
-    waiting = [
-        p for p in (config.target.path, config.export_dir, config.prompts.path) if p and not p.exists()
-    ]
+    target = config.require_target()
+    waiting = [p for p in (target, config.export_dir, config.prompts.path) if p and not p.exists()]
     number = "the"
-    if config.target.path not in waiting and config.prompts.path not in waiting:
+    if target not in waiting and config.prompts.path not in waiting:
         prompts = _held_out(config)
         number = f"{len(prompts):,} ({sum(map(len, prompts)):,} prompt tokens)"
     settings = config.verify
@@ -466,15 +331,14 @@ def run(config: RunConfig) -> dict[str, Any]:
     Raises:
         InputError: there is no export yet, or as `verify`.
     """
-    if config.target.path is None:
-        raise ConfigError("target.path is not set", "set it to the directory of the target checkpoint")
+    target = config.require_target()
     if not config.export_dir.exists():
         raise InputError(
             f"there is no export at {config.export_dir}", "run `layer61 export` with the same settings first"
         )
     settings = config.verify
     result = verify(
-        config.target.path,
+        target,
         config.export_dir,
         _held_out(config),
         num_speculative_tokens=settings.num_speculative_tokens,
@@ -489,17 +353,14 @@ def run(config: RunConfig) -> dict[str, Any]:
     for name in ("before", "after"):
         if figures := result[name]:
             positions = ", ".join(f"{x:.1%}" for x in figures["acceptance_per_position"])
-            log(
-                "verify",
-                f"{NAMES[name]}: {figures['acceptance_length']:.3f} tokens a step, positions {positions}",
-            )
+            length = f"{figures['acceptance_length']:.3f} tokens a step"
+            log("verify", f"{NAMES[name]}: {length}, positions {positions}")
     if greedy := result["greedy"]:
         own = result["plain"]["noise"]
         log(
             "verify",
-            f"greedy output with the draft: {greedy['equal']} of {greedy['requests']} equal,"
-            f" {greedy['ties']} part at a tie, {greedy['different']} differ; the outputs part at"
-            f" {len(greedy['parted']):,} of {greedy['tokens']:,} tokens, the target alone changes its mind at"
-            f" {own['flipped']:,} of {own['tokens']:,} when it reads its own text in one pass",
+            f"greedy output with the draft: {greedy['equal']} of {greedy['requests']} equal, {greedy['ties']}"
+            f" diverge at a tie, {greedy['different']} differ; rereading its own text, the target alone picks"
+            f" another token at {own['flipped']:,} of {own['tokens']:,}",
         )
     return result

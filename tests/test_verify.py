@@ -250,7 +250,7 @@ def test_verify_refuses_what_cannot_be_served(verified, tiny_checkpoint, tmp_pat
         run(missing)
 
 
-def test_partings_are_ties_up_to_the_dtype_and_the_targets_own_noise():
+def test_divergences_are_ties_up_to_the_dtype_and_the_targets_own_noise():
     plain = [[1, 2, 3], [1, 2, 3], [1, 2, 3], [1, 2], [4, 4]]
     draft = [[1, 2, 3], [1, 9, 9], [1, 9, 3], [1, 2, 3], [4, 8]]
     # at 4.0 a bfloat16 step is 4 * 2**-7
@@ -265,8 +265,8 @@ def test_partings_are_ties_up_to_the_dtype_and_the_targets_own_noise():
 
     exact = found(0.0)
     assert (exact["requests"], exact["equal"], exact["ties"], exact["different"]) == (5, 1, 1, 3)
-    assert [e["steps"] for e in exact["parted"]] == [2.0, 3.0, None, None]
-    assert [e["position"] for e in exact["parted"]] == [1, 1, 2, 1]
+    assert [e["steps"] for e in exact["diverged"]] == [2.0, 3.0, None, None]
+    assert [e["position"] for e in exact["diverged"]] == [1, 1, 2, 1]
     assert (found(0.1)["ties"], found(0.1)["different"]) == (2, 2)
 
 
