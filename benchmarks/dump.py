@@ -106,7 +106,7 @@ def main() -> None:
     try:
         target = arguments.target
         if target is None:
-            from pipeline.tiny.target import random_checkpoint
+            from pipeline.tiny.write import random_checkpoint
 
             target = random_checkpoint(folder / "target", TinyConfig())
         view = make_view(target, folder / "view")

@@ -40,6 +40,7 @@ __all__ = [
     "held_out_lines",
     "load_prompts",
     "read_conversations",
+    "require_conversations",
     "tokenizer_sha256",
     "write_rejects",
 ]
@@ -180,7 +181,7 @@ def read_conversations(
     except OSError as error:
         raise InputError(
             f"cannot read the conversations {path}: {error.strerror}",
-            "set prompts.path to a JSONL file of conversations",
+            "set prompts.path, or tiny.conversations, to a JSONL file of conversations",
         ) from None
     found = 0
     with file:
@@ -205,6 +206,25 @@ def read_conversations(
                 yield Conversation(number, name, messages, thinking)
                 if found == limit:
                     return
+
+
+def require_conversations(path: Path) -> list[Conversation]:
+    """Every conversation of a file that must hold nothing else, with its answers.
+
+    Raises:
+        InputError: the file cannot be read, is empty, or a line is not a conversation; names the line.
+    """
+    found: list[Conversation] = []
+    for item in read_conversations(path, "given"):
+        if isinstance(item, Reject):
+            raise InputError(
+                f"{path}:{item.line}: {item.reason}",
+                "correct the line, or set tiny.conversations to another file",
+            )
+        found.append(item)
+    if not found:
+        raise InputError(f"{path} holds no conversation", "set tiny.conversations to another file")
+    return found
 
 
 def tokenizer_sha256(directory: Path) -> str:

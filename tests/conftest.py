@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from configs.schema import TinyConfig
-from pipeline.tiny.target import random_checkpoint
+from pipeline.tiny.write import random_checkpoint
 
 CONVERSATIONS = [
     {

@@ -12,7 +12,7 @@ from configs.schema import TrainConfig
 from export.checkpoint import Checkpoint
 from export.keymap import keymap, to_checkpoint
 from featurestore import open_store
-from pipeline.tiny.target import random_checkpoint
+from pipeline.tiny.write import random_checkpoint
 from tests.reference import Reference
 from tests.stores import write_store
 from train import evaluate

@@ -4,21 +4,23 @@ import json
 import multiprocessing
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoConfig, AutoTokenizer, DeepseekV3ForCausalLM, DeepseekV32ForCausalLM
 
 from configs.errors import InputError
 from configs.files import read_json
 from configs.schema import TinyConfig
+from pipeline.prompts import require_conversations
 from pipeline.tiny.backbone import load_backbone
-from pipeline.tiny.target import build_target, checkpoint_shapes, dry_run, random_checkpoint, target_config
-from pipeline.tiny.tokenizer import SPECIAL_TOKENS, read_conversations, train_tokenizer
+from pipeline.tiny.target import build_target, dry_run
+from pipeline.tiny.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from pipeline.tiny.write import checkpoint_shapes, config_json, random_checkpoint
 
 # config.json of the released DeepSeek-V3.2, sizes that define the shapes of its tensors
 RELEASED = {
@@ -37,6 +39,7 @@ RELEASED = {
     "n_shared_experts": 1,
     "index_n_heads": 64,
     "index_head_dim": 128,
+    "index_topk": 2048,
     "vocab_size": 129280,
 }
 
@@ -81,7 +84,7 @@ def test_shapes_at_released_sizes_are_the_released_ones() -> None:
 
 def test_checkpoint_holds_exactly_these_tensors(tiny_checkpoint: Path, tiny_config: TinyConfig) -> None:
     config = read_json(tiny_checkpoint / "config.json")
-    assert config == target_config(tiny_config)
+    assert config == config_json(tiny_config)
     expected = {
         name: (shape, "F32" if name.endswith("e_score_correction_bias") else "BF16")
         for name, shape in checkpoint_shapes(config).items()
@@ -209,7 +212,7 @@ def test_template_writes_what_the_engine_would(tiny_checkpoint: Path, conversati
 
 
 def test_tokenizer_training_is_repeatable(conversations_file: Path) -> None:
-    conversations = read_conversations(conversations_file)
+    conversations = require_conversations(conversations_file)
     first, second = (train_tokenizer(conversations, 400).backend_tokenizer.to_str() for _ in range(2))
     assert first == second
 
@@ -227,7 +230,7 @@ def test_training_learns_text_and_drafts(trained: tuple[Path, TinyConfig]) -> No
     directory, tiny = trained
     tokenizer: Any = AutoTokenizer.from_pretrained(directory)
     model: Any = DeepseekV32ForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    messages = read_conversations(tiny.conversations)[1]
+    messages = list(require_conversations(tiny.conversations)[1].messages)
     prompt = tokenizer.apply_chat_template(
         messages[:-1], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
@@ -270,15 +273,18 @@ def test_a_foreign_directory_is_left_alone(tmp_path: Path, tiny_config: TinyConf
     assert sorted(f.name for f in (tmp_path / "other").iterdir()) == before
 
 
-def _build(directory: Path, tiny: TinyConfig) -> None:
+def _build(directory: Path, tiny: TinyConfig, stepped: Any) -> None:
+    register_optimizer_step_post_hook(lambda *_: stepped.set())
     build_target(directory, tiny)
 
 
 def test_a_killed_build_leaves_nothing(tmp_path: Path, tiny_config: TinyConfig) -> None:
     tiny = tiny_config.model_copy(update={"train_tokens": 10_000_000})
-    process = multiprocessing.get_context("spawn").Process(target=_build, args=(tmp_path / "target", tiny))
+    context = multiprocessing.get_context("spawn")
+    stepped = context.Event()
+    process = context.Process(target=_build, args=(tmp_path / "target", tiny, stepped))
     process.start()
-    time.sleep(8)
+    assert stepped.wait(120)
     assert process.is_alive()
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
@@ -292,13 +298,13 @@ def test_bad_conversations_are_named_with_their_line(tmp_path: Path) -> None:
     for bad in ("{", '{"messages": []}', '{"messages": [{"role": "tool", "content": "x"}]}', "[]"):
         path.write_text(json.dumps(good) + "\n" + bad + "\n")
         with pytest.raises(InputError, match=r"c\.jsonl:2: ") as caught:
-            read_conversations(path)
+            require_conversations(path)
         assert caught.value.hint
     with pytest.raises(InputError, match="cannot read"):
-        read_conversations(tmp_path / "missing.jsonl")
+        require_conversations(tmp_path / "missing.jsonl")
     path.write_text("")
     with pytest.raises(InputError, match="holds no conversation"):
-        read_conversations(path)
+        require_conversations(path)
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:

@@ -19,7 +19,7 @@ from configs.load import load_config
 from configs.schema import TrainConfig
 from export.checkpoint import Checkpoint
 from export.keymap import keymap
-from pipeline.tiny.target import random_checkpoint
+from pipeline.tiny.write import random_checkpoint
 from tests.stores import write_store
 from train import evaluate, launch
 from train.model import load_layer

@@ -6,15 +6,14 @@ The released checkpoint ships no Jinja template; serving engines encode its mess
 assistant messages without tools, so that one tokenizer directory serves every engine.
 """
 
-import json
-from pathlib import Path
+from collections.abc import Iterable
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from configs.errors import InputError
+from pipeline.prompts import Conversation
 
-__all__ = ["CHAT_TEMPLATE", "SPECIAL_TOKENS", "read_conversations", "train_tokenizer"]
+__all__ = ["CHAT_TEMPLATE", "SPECIAL_TOKENS", "train_tokenizer"]
 
 # position in the tuple is the token id; the two thinking marks are ordinary text when decoding, as released
 SPECIAL_TOKENS = (
@@ -25,7 +24,6 @@ SPECIAL_TOKENS = (
     "<think>",
     "</think>",
 )
-ROLES = ("system", "user", "assistant")
 BOS, EOS = SPECIAL_TOKENS[:2]
 
 # An answer opens with `<think>` or, where there is no reasoning, with `</think>`. Reasoning is written in the
@@ -61,40 +59,7 @@ CHAT_TEMPLATE = """\
 WORDS = r" ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def read_conversations(path: Path) -> list[list[dict[str, str]]]:
-    """The messages of every conversation of a JSONL file.
-
-    Raises:
-        InputError: the file is missing or empty, or a line is not a conversation; the message names the line.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(
-            f"cannot read the conversations {path}: {e}",
-            hint="run `python -m data.make_conversations`, or set tiny.conversations",
-        ) from None
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            messages = json.loads(line)["messages"]
-            if not messages or any(
-                m["role"] not in ROLES or not isinstance(m["content"], str) for m in messages
-            ):
-                raise ValueError("an empty conversation, an unknown role or a content that is no text")
-        except (ValueError, KeyError, TypeError) as e:
-            raise InputError(
-                f"{path}:{number}: {type(e).__name__}: {e}; expected an object with `messages`, a list of"
-                f" objects with `role` (one of {', '.join(ROLES)}) and `content`",
-                hint="correct the line, or set tiny.conversations to another file",
-            ) from None
-        found.append(messages)
-    if not found:
-        raise InputError(f"{path} holds no conversation", hint="set tiny.conversations to another file")
-    return found
-
-
-def train_tokenizer(conversations: list[list[dict[str, str]]], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(conversations: Iterable[Conversation], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE on the content of the messages.
 
     Returns:
@@ -115,7 +80,7 @@ def train_tokenizer(conversations: list[list[dict[str, str]]], vocab_size: int) 
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    texts = (message["content"] for messages in conversations for message in messages)
+    texts = (message["content"] for c in conversations for message in c.messages)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens(tokens[4:])
     fast = PreTrainedTokenizerFast(
