@@ -23,7 +23,7 @@ from configs.target import target_config
 
 __all__ = ["main"]
 
-# what the user's disk or path is to blame for
+# errors of the user's disk or path
 DISK_ERRORS = (
     errno.EACCES,
     errno.EPERM,
@@ -102,7 +102,7 @@ def _stage(
         try:
             result = run(config)
         except (ConfigError, InputError):
-            # what was refused at the first start binds nobody
+            # a first start that was refused must not freeze its settings
             if first:
                 kept.unlink(missing_ok=True)
             raise

@@ -97,10 +97,10 @@ def _earlier(path: Path) -> dict[str, Any]:
 
 
 def _table(summary: dict[str, Any], config: RunConfig) -> Table:
-    table = Table(title="Before: the target's own layer. After: trained.", title_justify="left")
+    table = Table(title="Draft layer: released and trained", title_justify="left")
     table.add_column("held-out conversations")
-    table.add_column("before", justify="right")
-    table.add_column("after", justify="right")
+    table.add_column("released", justify="right")
+    table.add_column("trained", justify="right")
     before, after = summary["before"], summary["after"]
     drafts = config.verify.num_speculative_tokens
     rows = [(f"acceptance length, {drafts} drafts, vLLM", "acceptance_length")]

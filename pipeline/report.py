@@ -74,8 +74,8 @@ def _curves(
 def _bars(before: list[float], after: list[float]) -> str:
     axes = _axes("Acceptance on held-out conversations, served in vLLM", "draft position", "accepted")
     places = range(1, len(before) + 1)
-    axes.bar([p - 0.2 for p in places], before, 0.38, label="before: the target's own layer", color="#8c959f")
-    axes.bar([p + 0.2 for p in places], after, 0.38, label="after: trained", color="#0969da")
+    axes.bar([p - 0.2 for p in places], before, 0.38, label="released", color="#8c959f")
+    axes.bar([p + 0.2 for p in places], after, 0.38, label="trained", color="#0969da")
     axes.set_xticks(list(places))
     axes.yaxis.set_major_formatter("{x:.0%}")
     axes.legend(frameon=False)
@@ -90,7 +90,7 @@ def _table(header: list[str], rows: list[list[Any]]) -> str:
 
 
 def _acceptance(run: Path) -> str:
-    """Served acceptance before and after, beside the offline evaluator's figures where there are any."""
+    """Served acceptance, released and trained, beside the offline evaluator's figures where there are any."""
     parts = []
     offline = {p.name.split(".")[1]: read_json(p) for p in sorted(run.glob(run_dir.EVALUATIONS))}
     if (run / run_dir.VERIFICATION).exists():
@@ -109,7 +109,7 @@ def _acceptance(run: Path) -> str:
                 [f"accepted at position {k + 1}", f"{a:.1%}", f"{b:.1%}"] for k, (a, b) in enumerate(pairs)
             ]
             parts.append(_bars(before["acceptance_per_position"], after["acceptance_per_position"]))
-            parts.append(_table(["served in vLLM", "before", "after"], rows))
+            parts.append(_table(["served in vLLM", "released", "trained"], rows))
     if offline:
         rows = [
             [
