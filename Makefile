@@ -15,7 +15,7 @@ LAYER61 := $(BIN)/layer61
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo target dump-hidden-states train export-nextn evaluate verify report test check \
+.PHONY: help setup demo target dump-hidden-states train export-nextn evaluate verify report test test-fast check \
 	bench-store bench-dump bench-moe bench-loss bench-train kernels-report clean
 
 help: ## list the targets
@@ -59,6 +59,9 @@ report: setup ## one self-contained HTML page about a run
 
 test: setup ## every test; no GPU needed
 	$(BIN)/python -m pytest -q $(ARGS)
+
+test-fast: setup ## the tests that start no engine
+	$(BIN)/python -m pytest -q -m "not engine" $(ARGS)
 
 check: setup ## lint, types and tests
 	$(BIN)/ruff format --check .

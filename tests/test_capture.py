@@ -26,6 +26,8 @@ from pipeline.capture.vllm_engine import Engine
 from pipeline.prompts import Document, load_prompts
 from pipeline.view import make_view
 
+pytestmark = pytest.mark.engine
+
 LENGTH = 256
 ANSWER = 24
 # relative error of a row: one rounding to bf16 moves each value by at most 2**-8 of itself

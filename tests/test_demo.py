@@ -9,6 +9,8 @@ import pytest
 
 from featurestore import open_store
 
+pytestmark = pytest.mark.engine
+
 SMALL = [
     "tiny.hidden_size=64",
     "tiny.num_hidden_layers=2",

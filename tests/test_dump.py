@@ -166,14 +166,14 @@ def test_a_target_without_the_layer_is_refused_before_its_states_are_paid_for(co
         plan(changed(config, target__path=bare))
 
 
-def test_a_refused_start_binds_nobody(config, tmp_path, capsys):
+def test_a_first_start_that_was_refused_does_not_freeze_its_settings(config, tmp_path, capsys):
     words = command(config, tmp_path / "run")[3:]
     assert main([*words, f"prompts.path={tmp_path / 'absent.jsonl'}"]) == 3
     assert "absent.jsonl" in capsys.readouterr().err
     assert not (tmp_path / "run" / "config.dump.json").exists()
 
 
-def test_a_run_directory_that_is_none_is_one_clear_error(config, tmp_path, capsys):
+def test_a_file_in_place_of_the_run_directory_is_one_clear_error(config, tmp_path, capsys):
     words = command(config, tmp_path / "run")[3:]
     (tmp_path / "file").write_text("")
     assert main([*words, f"run.dir={tmp_path / 'file'}"]) == 1
@@ -254,6 +254,7 @@ def content(store) -> dict[int, tuple]:
     }
 
 
+@pytest.mark.engine
 def test_killed_and_started_again_it_gives_the_store_of_an_undisturbed_run(config, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     with open(config.prompts.path, "a") as file:

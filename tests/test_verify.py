@@ -118,7 +118,7 @@ def record_drafts(target: Path, draft: Path, prompts: list[list[int]], out: Path
 
 @pytest.fixture(scope="module")
 def served(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[Any]]:
-    """A target, an exported draft that is not its own layer, and vLLM's drafts with them."""
+    """A target, an exported draft that is not its released layer, and vLLM's drafts with them."""
     folder = tmp_path_factory.mktemp("served")
     target = simple_target(tiny_checkpoint, folder / "target", rest=0.1, noise=0.6)
     other = simple_target(tiny_checkpoint, folder / "other", rest=0.1, noise=0.2)
@@ -134,6 +134,7 @@ def served(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     return target, draft, torch.load(folder / "served.pt")
 
 
+@pytest.mark.engine
 def test_our_layer_drafts_the_tokens_that_vllm_drafts(served):
     from train.model import load_layer
     from train.unroll import unroll
@@ -176,7 +177,7 @@ def test_our_layer_drafts_the_tokens_that_vllm_drafts(served):
 def verified(
     tiny_checkpoint: Path, conversations_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, Any], RunConfig]:
-    """`layer61 verify` with a flawless draft beside a target whose own layer is mediocre."""
+    """`layer61 verify` with a flawless draft beside a mediocre released layer."""
     folder = tmp_path_factory.mktemp("verified")
     target = simple_target(tiny_checkpoint, folder / "target", rest=0, noise=0.5)
     perfect = simple_target(tiny_checkpoint, folder / "perfect", rest=0, noise=0)
@@ -193,7 +194,8 @@ def verified(
     return run(config), config
 
 
-def test_verify_measures_acceptance_before_and_after(verified):
+@pytest.mark.engine
+def test_verify_measures_acceptance_of_the_released_layer_and_the_trained_draft(verified):
     result, config = verified
     after, before = result["after"], result["before"]
     assert after["acceptance_length"] == 1 + NUM_SPECULATIVE_TOKENS
@@ -210,6 +212,7 @@ def test_verify_measures_acceptance_before_and_after(verified):
     assert "serve 6 (" in plan(config)
 
 
+@pytest.mark.engine
 def test_verify_resumes_from_finished_measurements(verified):
     result, config = verified
     folder = config.run.dir / "verify"
@@ -223,6 +226,7 @@ def test_verify_resumes_from_finished_measurements(verified):
     assert json.loads((folder / "plain.json").read_text())["result"]["outputs"]
 
 
+@pytest.mark.engine
 def test_verify_refuses_what_cannot_be_served(verified, tiny_checkpoint, tmp_path):
     _, config = verified
     target, draft, prompts = config.target.path, config.export_dir, [[5, 6, 7]]
