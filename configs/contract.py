@@ -1,7 +1,7 @@
-"""The contract: what the stored states are and which target they belong to (docs/contract.md).
+"""The contracts: what the stored states are, and what was trained from them (docs/contract.md).
 
-Written by the dump; carried by every part, manifest, checkpoint and export; compared field by field wherever
-two of them meet.
+The store's is written by the dump, carried by every part, manifest, checkpoint and export, and compared field
+by field wherever two of them meet. The draft's is carried by checkpoints and exports.
 """
 
 import hashlib
@@ -10,20 +10,24 @@ import struct
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict
+
 from configs.errors import ContractError, InputError
 from configs.files import read_json, sha256_file, sha256_json
-from configs.schema import Section
 from configs.target import target_config
 
 __all__ = [
     "NORM_AND_HEAD",
     "Contract",
+    "Draft",
     "Engine",
     "State",
     "Target",
     "Template",
     "norm_and_head_sha256",
     "require_same",
+    "split_draft",
+    "store_contract",
     "target_contract",
 ]
 
@@ -31,11 +35,17 @@ __all__ = [
 NORM_AND_HEAD = ("model.norm.weight", "lm_head.weight")
 INDEX = "model.safetensors.index.json"
 
+# fields of the draft's contract that the store's held before the draft had its own
+OF_THE_DRAFT = frozenset({"carry", "mask_position_0", "concat"})
 # where a checkpoint lies says nothing about what it is
-NOT_COMPARED = frozenset({"target.path"})
+NOT_COMPARED = frozenset({"target.path"}) | OF_THE_DRAFT
 
 
-class Target(Section):
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Target(Record):
     path: str
     config_sha256: str
     index_sha256: str
@@ -45,27 +55,27 @@ class Target(Section):
     quantization: str | None
 
 
-class Template(Section):
+class Template(Record):
     name: str
     sha256: str
 
 
-class Engine(Section):
+class Engine(Record):
     name: str
     version: str
     tp: int
     view: Literal["native", "v3"]
 
 
-class State(Section):
+class State(Record):
     """One stored state of a token: `post_norm` (after the final norm) or `layer_input` of layer `layer`."""
 
     site: Literal["post_norm", "layer_input"]
     layer: int
 
 
-class Contract(Section):
-    """Everything two stages must agree on; `shift` 1 means that token i+1 joins state i."""
+class Contract(Record):
+    """What the states of a store are; `shift` 1 means that token i+1 joins state i."""
 
     format: Literal[1] = 1
     target: Target
@@ -77,9 +87,33 @@ class Contract(Section):
     dtype: Literal["bfloat16"] = "bfloat16"
     max_length: int
     shift: Literal[1] = 1
+
+
+class Draft(Record):
+    """How a draft was trained, and so how a server must run it.
+
+    `carry`: what a draft step hands on; `mask_position_0`: the embedding at position 0 is zeroed, as in vLLM;
+    `concat`: the order of `eh_proj`'s input.
+    """
+
+    kind: Literal["mtp"] = "mtp"
     carry: Literal["post_norm"] = "post_norm"
     mask_position_0: bool = True
     concat: Literal["embed,hidden"] = "embed,hidden"
+
+
+def store_contract(read: dict[str, Any]) -> dict[str, Any]:
+    """A store's contract as read, without the fields of the draft that older ones hold."""
+    return {key: value for key, value in read.items() if key not in OF_THE_DRAFT}
+
+
+def split_draft(said: dict[str, Any]) -> dict[str, Any]:
+    """`layer61.json` as read, its `draft` beside its `contract`; older ones hold the one within the other."""
+    held = said.get("contract")
+    if "draft" in said or not isinstance(held, dict):
+        return said
+    draft = Draft(**{key: held[key] for key in OF_THE_DRAFT & held.keys()})
+    return {**said, "contract": store_contract(held), "draft": draft.model_dump(mode="json")}
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
@@ -194,7 +228,7 @@ def require_same(
     hint: str,
     ignore: frozenset[str] = frozenset(),
 ) -> None:
-    """Compare two contracts in JSON form field by field, `target.path` and dotted names in `ignore` apart.
+    """Compare two contracts in JSON form field by field, but for NOT_COMPARED and dotted names in `ignore`.
 
     Args:
         found: contract of the thing at hand.

@@ -13,7 +13,7 @@ RUN/
     best.json          {"format": 1, "checkpoint": name, "acceptance_length"} by offline acceptance
     step_000200/
       COMMIT.json      written last: {"format": 1, "files": {name: bytes}}
-      layer61.json     {"format": 1, "step", "ranks", "contract", "loader", "metrics"}
+      layer61.json     {"format": 1, "step", "ranks", "contract", "draft", "loader", "metrics"}
       weights/         the layer under its checkpoint names: safetensors files and their index
       deepspeed/       partitions of parameters and optimizer, one pair of files a rank
   evaluate.NAME.json   evaluate: offline acceptance of the checkpoint of that name, or `released`
@@ -30,6 +30,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from configs.contract import split_draft
 from configs.errors import InputError
 from configs.files import read_json
 
@@ -200,7 +201,7 @@ def read_best(run_dir: Path) -> dict[str, Any] | None:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """Parse `layer61.json` of a checkpoint.
+    """Parse `layer61.json` of a checkpoint or an export; an older one is brought to today's form.
 
     Raises:
         InputError: missing, malformed, or of another format.
@@ -213,4 +214,4 @@ def read_meta(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{path / META} is not of format 1", "it was written by another version of this program"
         )
-    return meta
+    return split_draft(meta)

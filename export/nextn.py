@@ -23,12 +23,12 @@ import torch
 from configs import run_dir
 from configs.contract import norm_and_head_sha256, require_same, target_contract
 from configs.errors import ConfigError, InputError
-from configs.files import read_json, sha256_file, write_json
+from configs.files import sha256_file, write_json
 from configs.progress import log, task
 from export import fp8
 from export.check import check, refuse_name
 from export.checkpoint import INDEX, Checkpoint, mtp_prefix
-from export.directory import MANIFEST, copy_companions, save, write_once
+from export.directory import copy_companions, save, write_once
 from export.keymap import DROPPED, account, is_quantized, layer_shapes
 
 __all__ = ["Entry", "Layout", "Plan", "Quantization", "export", "prepare"]
@@ -96,6 +96,7 @@ class Plan:
     num_bytes: int
     config: dict[str, Any] | None
     contract: dict[str, Any] | None
+    draft: dict[str, Any] | None
     step: int | None
     kept: dict[str, tuple[str, ...]] = field(default_factory=dict)
     links: tuple[str, ...] = ()
@@ -129,15 +130,9 @@ def _weights(directory: Path, target: Checkpoint) -> tuple[Checkpoint, dict[str,
     if (directory / run_dir.WEIGHTS).is_dir():
         directory = directory / run_dir.WEIGHTS
     weights = Checkpoint(directory, config=target.config)
-    for manifest in (directory / MANIFEST, directory.parent / MANIFEST):
-        if manifest.is_file():
-            try:
-                said = read_json(manifest)
-            except ValueError as error:
-                raise InputError(f"{manifest} is not JSON: {error}") from None
-            if not isinstance(said, dict) or said.get("format") != 1:
-                raise InputError(f"{manifest} is not of format 1")
-            return weights, said
+    for place in (directory, directory.parent):
+        if (place / run_dir.META).is_file():
+            return weights, run_dir.read_meta(place)
     return weights, {}
 
 
@@ -221,6 +216,7 @@ def prepare(
         + sum(_num_bytes(target.shape(n), target.dtype(n)) for names in kept.values() for n in names),
         config=config,
         contract=said.get("contract"),
+        draft=said.get("draft"),
         step=said.get("step"),
         kept=kept,
         links=links,
@@ -408,7 +404,7 @@ def export(
         file_bytes: most bytes of one file.
 
     Returns:
-        `layer61.json` of the directory (identity, contract, step, files, rounding errors, servers that load
+        `layer61.json` of the directory (identity, contracts, step, files, rounding errors, servers that load
         it), with `directory` and `reused`.
 
     Raises:
@@ -451,6 +447,8 @@ def _write(plan: Plan, directory: Path) -> dict[str, Any]:
     for server, found in problems.items():
         if found:
             log("export", f"{server} will not serve this draft: {found[0]}")
+    if plan.draft is not None and not plan.draft["mask_position_0"]:
+        log("export", "trained with train.mask_position_0 = false, as sglang serves; vLLM will accept less")
     if not servers:
         raise InputError(f"no server would load the export: {json.dumps(problems)}")
     fp8_errors = _summary(errors)
@@ -463,6 +461,7 @@ def _write(plan: Plan, directory: Path) -> dict[str, Any]:
     return {
         "kind": "nextn",
         "contract": plan.contract,
+        "draft": plan.draft,
         "step": plan.step,
         "weights": str(plan.weights.directory),
         "target": str(target.directory),

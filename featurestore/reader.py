@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from awscrt.checksums import crc32c
 
+from configs.contract import store_contract
 from configs.errors import StoreCorruptError, StoreError
 from featurestore.layout import (
     CRC_BYTES,
@@ -302,7 +303,7 @@ class FeatureStore:
     @property
     def contract(self) -> dict[str, Any]:
         """What the states are and which target they belong to."""
-        return self.manifest["contract"]
+        return store_contract(self.manifest["contract"])
 
     @property
     def version(self) -> int:

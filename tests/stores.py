@@ -25,7 +25,15 @@ def contract_of(target: Path, **changes) -> dict:
 
 
 def write_store(
-    path: Path, target: Path, *, lengths: list[int], held_out_every: int = 8, seed: int = 0, kinds: int = 6
+    path: Path,
+    target: Path,
+    *,
+    lengths: list[int],
+    held_out_every: int = 8,
+    seed: int = 0,
+    kinds: int = 6,
+    contract: dict | None = None,
+    first_uid: int = 1,
 ) -> Path:
     """Publish documents whose second half is an answer: each token of it is what the state before says.
 
@@ -35,7 +43,7 @@ def write_store(
     head = checkpoint.get("lm_head.weight", dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(kinds, head.shape[1], generator=generator)
-    with StoreWriter(str(path), contract_of(target)) as writer:
+    with StoreWriter(str(path), contract or contract_of(target)) as writer:
         for uid, length in enumerate(lengths):
             kind = (torch.arange(length) * (1 + uid % 2) + uid) % kinds
             hidden = directions[kind] + 0.05 * torch.randn(length, head.shape[1], generator=generator)
@@ -46,7 +54,7 @@ def write_store(
             ids[answer:] = said[answer - 1 : -1]
             mask = torch.arange(length) >= answer
             writer.append(
-                uid + 1,
+                uid + first_uid,
                 ids.numpy().astype("uint32"),
                 mask.numpy().astype("uint8"),
                 hidden[:, None],

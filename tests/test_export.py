@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from configs.contract import norm_and_head_sha256, target_contract
+from configs.contract import Draft
 from configs.errors import ConfigError, ContractError, InputError
 from configs.schema import RunConfig
 from export import directory, fp8, nextn
@@ -19,8 +19,10 @@ from export import draft as verb
 from export.check import check, sglang_parameter, vllm_parameter
 from export.checkpoint import INDEX, Checkpoint, mtp_prefix
 from export.keymap import DROPPED, account, is_quantized, keymap, layer_shapes, to_checkpoint, to_training
+from tests.stores import contract_of
 
 LAYER = "model.layers.2."
+DRAFT = Draft(mask_position_0=False).model_dump(mode="json")
 
 
 def layer_names(checkpoint: Checkpoint) -> set[str]:
@@ -80,13 +82,8 @@ def trained_copy(
     save_file(tensors, out / "weights/model.safetensors")
     index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "model.safetensors")}
     (out / "weights" / INDEX).write_text(json.dumps(index))
-    contract = {
-        "format": 1,
-        "target": target_contract(target).model_dump(mode="json"),
-        "norm_and_head_sha256": norm_and_head_sha256(target),
-        "max_length": 512,
-    }
-    (out / "layer61.json").write_text(json.dumps({"format": 1, "contract": contract, "step": 7}))
+    meta = {"format": 1, "contract": contract_of(target), "draft": DRAFT, "step": 7}
+    (out / "layer61.json").write_text(json.dumps(meta))
     return out
 
 
@@ -279,7 +276,8 @@ def test_trained_weights_take_the_dtypes_of_the_target(fp8_checkpoint, tmp_path)
     run = trained_copy(fp8_checkpoint, tmp_path / "step_000007")
     result = nextn.export(run, fp8_checkpoint, tmp_path / "nextn")
     assert result["step"] == 7
-    assert result["contract"]["max_length"] == 512
+    assert result["contract"] == contract_of(fp8_checkpoint)
+    assert result["draft"] == DRAFT
     ours, target, draft = (
         Checkpoint(run / "weights", config={"num_hidden_layers": 2}),
         Checkpoint(fp8_checkpoint),

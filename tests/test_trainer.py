@@ -248,10 +248,32 @@ def test_settings_that_cannot_work_are_refused(tmp_path, settings):
 
     with pytest.raises(ConfigError, match="longest document"):
         run("train.tokens_per_rank=16")
-    with pytest.raises(ContractError, match="mask_position_0"):
-        run("train.mask_position_0=false")
     with pytest.raises(InputError, match="no checkpoint"):
         run("target.path=/nowhere")
+
+
+def test_a_checkpoint_with_the_draft_among_the_stores_fields_goes_on_and_another_draft_does_not(
+    undisturbed, settings, tmp_path
+):
+    run_dir = tmp_path / "run"
+    shutil.copytree(undisturbed, run_dir)
+    (run_dir / "config.train.json").unlink()  # the same settings, two steps more
+    step = runs.locate(run_dir, "last")
+    meta, commit = (json.loads((step / name).read_text()) for name in (runs.META, runs.COMMIT))
+    assert meta["draft"].pop("kind") == "mtp"
+    assert not meta["draft"].keys() & meta["contract"].keys()
+    meta["contract"] |= meta.pop("draft")
+    (step / runs.META).write_text(json.dumps(meta))
+    commit["files"][runs.META] = (step / runs.META).stat().st_size
+    (step / runs.COMMIT).write_text(json.dumps(commit))
+
+    longer = [*settings, "train.ranks=2", f"train.max_steps={STEPS + 2}"]
+    process = start(run_dir, longer, "train.mask_position_0=false")
+    assert process.wait(120) == 3
+    assert "draft.mask_position_0: True, not False" in said(run_dir)
+    process = start(run_dir, longer)
+    assert process.wait(120) == 0, said(run_dir)
+    assert list(losses(run_dir)) == list(range(STEPS + 3))
 
 
 def test_checkpoints_that_are_not_whole_do_not_exist(tmp_path):

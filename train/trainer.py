@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.errors import ContractError, InputError, Layer61Error
+from configs import contract
+from configs.contract import require_same
+from configs.errors import Layer61Error
 from configs.lock import hold
 from configs.progress import log, task
-from configs.run_dir import METRICS, directory
+from configs.run_dir import METRICS, directory, verb_lock
 from configs.schema import RunConfig, TrainConfig
 from export.checkpoint import Checkpoint
 from export.keymap import Op, keymap
@@ -71,7 +73,7 @@ def _alone_in(run_dir: Path, first: bool) -> contextlib.AbstractContextManager[N
         return contextlib.nullcontext()
     # ranks of a run that was just killed may not be gone yet
     hint = "wait for it, or choose another run.dir"
-    return hold(run_dir / ".train.lock", "another training", hint, patience_s=10)
+    return hold(verb_lock(run_dir, "train"), "another training", hint, patience_s=10)
 
 
 def learning_rate(train: TrainConfig, step: int, total: int) -> float:
@@ -195,10 +197,9 @@ def _open(config: RunConfig, rank: int, world: int) -> _Run:
         pin=torch.cuda.is_available(),
     )
     if saved is not None:
-        if saved.meta["contract"] != store.contract:
-            raise InputError(
-                f"checkpoint {saved.path} was trained from another store", "choose another run directory"
-            )
+        agreed, what = _contracts(config, store), f"checkpoint {saved.path} and this run"
+        held = {key: saved.meta.get(key) for key in agreed}
+        require_same(held, agreed, what, hint="choose another run directory")
         loader.load_state_dict(saved.meta["loader"])
     done, total = _steps_left(config, loader, saved)
     metrics = Metrics(config.run.dir / METRICS if first else None, done if saved else -1)
@@ -230,13 +231,13 @@ def _check(config: RunConfig, store: FeatureStore, target: Checkpoint, first: bo
         # the head is two gigabytes: one rank reads it
         check_contract(store, target.directory)
     check_lengths(store, target.config.get("index_topk") or 0)
-    if config.train.mask_position_0 != store.contract["mask_position_0"]:
-        raise ContractError(
-            f"train.mask_position_0 = {config.train.mask_position_0}, but the store is for a server with"
-            f" {store.contract['mask_position_0']}",
-            "vLLM masks position 0",
-        )
     state_column(store.contract)
+
+
+def _contracts(config: RunConfig, store: FeatureStore) -> dict[str, Any]:
+    """What a checkpoint says of the states it was trained on, and how."""
+    draft = contract.Draft(mask_position_0=config.train.mask_position_0)
+    return {"contract": store.contract, "draft": draft.model_dump(mode="json")}
 
 
 def _steps_left(config: RunConfig, loader: Loader, saved: checkpoint.Saved | None) -> tuple[int, int]:
@@ -336,7 +337,7 @@ def _evaluate(run: _Run) -> dict[str, Any]:
 
 def _save(run: _Run) -> None:
     """Save a checkpoint that goes on after `run.step`."""
-    meta = {"contract": run.loader.store.contract, "loader": run.position, "metrics": run.evaluated}
+    meta = _contracts(run.config, run.loader.store) | {"loader": run.position, "metrics": run.evaluated}
     keep = run.config.train.keep_checkpoints
     path = checkpoint.save(run.engine, run.ops, run.config.run.dir, run.step, meta, keep=keep)
     run.saved_step = run.step
