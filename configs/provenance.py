@@ -1,4 +1,4 @@
-"""What ran, where and with which versions: written beside every result."""
+"""What ran, where and with which versions."""
 
 import os
 import platform
@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError
-from configs.files import write_json
 
-__all__ = ["PACKAGES", "collect", "record", "versions", "vllm_version"]
+__all__ = ["PACKAGES", "collect", "versions", "vllm_version"]
 
 PACKAGES = (
     "layer61",
@@ -71,8 +70,3 @@ def collect() -> dict[str, Any]:
         "system": platform.platform(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-
-
-def record(path: Path) -> None:
-    """Publish `collect()` at `path`, atomically."""
-    write_json(path, collect())

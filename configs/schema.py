@@ -219,7 +219,7 @@ class TrainConfig(Section):
 
 class EvaluateConfig(Section):
     checkpoint: str = "last"
-    """`last`, `best`, `released` (the target's own layer), or the path of a checkpoint or export."""
+    """`last`, `best`, `released` (the layer before training), or the path of a checkpoint or export."""
     num_speculative_tokens: int = Field(3, ge=1, le=16)
     """Draft tokens a step."""
     max_documents: int | None = Field(None, ge=1)
@@ -230,7 +230,7 @@ class ExportConfig(Section):
     dir: Path | None = None
     """Directory to write; by default `nextn` in the run directory."""
     checkpoint: str = "best"
-    """`best`, `last`, or the path of a checkpoint."""
+    """`best`, `last`, `released`, or the path of a checkpoint."""
     layout: Literal["nextn", "sglang-legacy", "stitched"] = "nextn"
     """`nextn`: layer-61 names, both servers; `sglang-legacy`: layers.0; `stitched`: target plus draft."""
     quantization: Literal["auto", "none", "fp8"] = "auto"
@@ -245,7 +245,7 @@ class VerifyConfig(Section):
     max_tokens: int = Field(256, ge=2)
     """Most tokens of one answer."""
     compare_released: bool = True
-    """Also serve the target's own MTP layer and plain greedy decoding."""
+    """Also serve the released MTP layer and plain greedy decoding."""
     vllm: dict[str, Any] = Field(default_factory=dict)
     """Passed to vLLM's engine untouched."""
 

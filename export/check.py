@@ -129,7 +129,7 @@ def check(directory: Path | str, target_dir: Path | str) -> dict[str, list[str]]
         Problems by server, `vllm` and `sglang`; an empty list means that it loads.
 
     Raises:
-        InputError: one of the directories is no checkpoint.
+        InputError: one of the directories is not a checkpoint.
     """
     target, draft = Checkpoint(target_dir), Checkpoint(directory)
     shapes = layer_shapes(target.config)
@@ -144,10 +144,9 @@ def check(directory: Path | str, target_dir: Path | str) -> dict[str, list[str]]
         "sglang": lambda name: sglang_parameter(name, draft.config),
     }
     # where each tensor has to arrive, by the same rules from the names of the released layer
-    sglang_config = {**target.config}
     destinations: dict[str, dict[Any, str]] = {
         "vllm": {vllm_parameter(prefix + n, target.config): n for n in needed},
-        "sglang": {sglang_parameter(prefix + n, sglang_config): n for n in needed},
+        "sglang": {sglang_parameter(prefix + n, target.config): n for n in needed},
     }
     for server, rule in rules.items():
         found: dict[Any, str] = {}

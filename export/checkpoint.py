@@ -165,12 +165,6 @@ class Checkpoint:
             tensor = fp8.dequantize(tensor, self.get(scale), block=self.block)
         return tensor if dtype is None else tensor.to(dtype)
 
-    def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of an unquantised tensor, without reading the rest."""
-        if self.scale_name(name) is not None:
-            raise InputError(f"{name} is quantised in blocks and is read whole")
-        return self._header(name)[start:stop]
-
     def mtp_names(self) -> tuple[str, ...]:
         """Names of the MTP layer's tensors, scales, embedding and head copies included.
 

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 
 from configs.errors import InputError
 from configs.files import read_json, write_json
+from configs.run_dir import META
 
-__all__ = ["MANIFEST", "copy_companions", "save", "write_once"]
+__all__ = ["copy_companions", "save", "write_once"]
 
-MANIFEST = "layer61.json"
 # neither server reads a draft's own tokenizer, but tools that open the directory do
 COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.jinja"),
@@ -47,7 +47,7 @@ def write_once(
     try:
         manifest = {"format": 1, "identity": identity, **fill(partial)}
         manifest["files"] = {p.name: p.stat().st_size for p in sorted(partial.iterdir())}
-        write_json(partial / MANIFEST, manifest)
+        write_json(partial / META, manifest)
         os.rename(partial, directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -60,7 +60,7 @@ def _finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
         return None
     hint = f"remove {out}, or set export.dir to another directory"
     try:
-        manifest = read_json(out / MANIFEST)
+        manifest = read_json(out / META)
         sizes, made_from = manifest["files"], manifest["identity"]
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{out} exists and is not an export of this program", hint) from None

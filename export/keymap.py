@@ -9,7 +9,7 @@ but for the routed experts, whose matrices are stacked over the experts (E of th
     mlp.experts.w2      mlp.experts.{e}.down_proj.weight    [E, D, F]
 
 The layer's copies of embedding and head are known and dropped: servers take the target's. Scales of quantised
-weights are no names of their own here, they belong to their weight (`export.checkpoint`).
+weights are not listed: each belongs to its weight (`export.checkpoint`).
 """
 
 from collections import Counter
@@ -31,7 +31,6 @@ __all__ = [
     "is_quantized",
     "keymap",
     "layer_shapes",
-    "to_checkpoint",
     "to_training",
 ]
 
@@ -266,20 +265,3 @@ def to_training(
     for op in ops:
         shape = op.shape[1:] if isinstance(op, Stack) else op.shape
         yield op.training, op.to_training(read(name, shape) for name in op.checkpoint)
-
-
-def to_checkpoint(
-    ops: Iterable[Op], names: Iterable[str], get: Callable[[str], torch.Tensor]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the checkpoint's tensors by name, each tensor of the module read once; inverse of `to_training`.
-
-    Raises:
-        InputError: a name is missing, unexpected or repeated, or a tensor has another shape than expected.
-    """
-    ops = tuple(ops)
-    account(names, [op.training for op in ops], "the module")
-    for op in ops:
-        tensor = get(op.training)
-        if tuple(tensor.shape) != op.shape:
-            raise InputError(f"{op.training} has shape {tuple(tensor.shape)}, expected {op.shape}")
-        yield from zip(op.checkpoint, op.to_checkpoint(tensor), strict=True)

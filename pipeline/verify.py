@@ -28,7 +28,6 @@ from configs.provenance import vllm_version
 from configs.schema import RunConfig
 from export.check import check, refuse_name
 from export.checkpoint import Checkpoint
-from export.directory import MANIFEST
 from pipeline.greedy import compare
 from pipeline.measure import measure
 from pipeline.prompts import load_prompts
@@ -135,7 +134,7 @@ def _compare_targets(target: Checkpoint, draft: Checkpoint) -> None:
         ContractError: it was made for another one.
     """
     try:
-        made_for = read_json(draft.directory / MANIFEST)["identity"]["target"]
+        made_for = read_json(draft.directory / run_dir.META)["identity"]["target"]
     except (OSError, ValueError, KeyError, TypeError):
         return
     require_same(
@@ -232,7 +231,7 @@ def _versions() -> dict[str, str]:
 def _draft_identity(draft: Checkpoint) -> Any:
     """What a draft is: its manifest's identity, or hashes of its files."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return read_json(draft.directory / MANIFEST)["identity"]
+        return read_json(draft.directory / run_dir.META)["identity"]
     files = sorted({draft.file(name) for name in draft.names})
     return {file: sha256_file(draft.directory / file) for file in ("config.json", *files)}
 

@@ -129,3 +129,12 @@ class Reference:
             e = self.embed(ids[place + s + 1 : place + s + 2], place + s, False)
             states.append(self.block(e, states[-1][None], torch.tensor([place + s]), keys, values)[0])
         return torch.stack(states)
+
+
+def to_checkpoint(ops, module):
+    """The checkpoint's tensors by name from the module's: the inverse of `to_training`."""
+    return {
+        name: tensor
+        for op in ops
+        for name, tensor in zip(op.checkpoint, op.to_checkpoint(module[op.training]), strict=True)
+    }

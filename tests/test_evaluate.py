@@ -10,10 +10,10 @@ from configs.errors import ConfigError, ContractError, InputError
 from configs.load import load_config
 from configs.schema import TrainConfig
 from export.checkpoint import Checkpoint
-from export.keymap import keymap, to_checkpoint
+from export.keymap import keymap
 from featurestore import open_store
 from pipeline.tiny.write import random_checkpoint
-from tests.reference import Reference
+from tests.reference import Reference, to_checkpoint
 from tests.stores import write_store
 from train import evaluate
 from train.batch import check_lengths, held_out, pack
@@ -75,7 +75,7 @@ def serve(reference, document):
 def test_acceptance_is_that_of_a_server_played_out_serially(tiny_checkpoint, store, layer):
     reference = Reference(tiny_checkpoint)
     state = layer.state_dict()
-    reference.w |= dict(to_checkpoint(keymap(Checkpoint(tiny_checkpoint).config), state, state.__getitem__))
+    reference.w |= to_checkpoint(keymap(Checkpoint(tiny_checkpoint).config), state)
     documents = held_out(store, None)
     with torch.no_grad():
         rounds = [pair for i in documents for pair in serve(reference, store[i])]

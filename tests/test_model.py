@@ -13,8 +13,8 @@ from configs.errors import InputError
 from configs.files import read_json
 from configs.target import RELEASED
 from export.checkpoint import Checkpoint
-from export.keymap import DROPPED, keymap, layer_shapes, to_checkpoint
-from tests.reference import Reference
+from export.keymap import DROPPED, keymap, layer_shapes
+from tests.reference import Reference, to_checkpoint
 from train.dims import Dims
 from train.model import load_layer
 from train.mtp import MTPLayer
@@ -51,7 +51,7 @@ def test_packed_documents_equal_the_serial_reference(tiny_checkpoint, mask_posit
 def test_every_tensor_of_the_checkpoint_is_in_the_module_and_back(tiny_checkpoint):
     checkpoint, layer = Checkpoint(tiny_checkpoint), load_layer(tiny_checkpoint)
     state = layer.state_dict()
-    written = dict(to_checkpoint(keymap(checkpoint.config), state, state.__getitem__))
+    written = to_checkpoint(keymap(checkpoint.config), state)
     frozen = ("embed_tokens.weight", "shared_head.head.weight")
     assert written.keys() == {n for n in checkpoint.mtp_names() if not n.endswith(frozen)}
     for name, tensor in written.items():
