@@ -149,7 +149,7 @@ def write(run: Path) -> Path:
 
 
 def _write(run: Path) -> Path:
-    known = (*RESULTS, "config.*.json")
+    known = (*RESULTS, run_dir.SETTINGS)
     if not any(found for pattern in known for found in run.glob(pattern)):
         raise InputError(f"{run} is not a run directory: it holds none of {', '.join(known)}", "name RUN=...")
     rows = _read_metrics(run / run_dir.METRICS)
@@ -195,7 +195,7 @@ def _write(run: Path) -> Path:
             "Settings",
             "".join(
                 f"<h3>{html.escape(p.name)}</h3><pre>{html.escape(p.read_text(encoding='utf-8'))}</pre>"
-                for p in sorted(run.glob("config.*.json"))
+                for p in sorted(run.glob(run_dir.SETTINGS))
             ),
         ),
     ]

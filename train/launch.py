@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from configs import run_dir
 from configs.errors import Layer61Error, describe, revive
 from configs.files import read_json, write_json
 from configs.load import load_config
@@ -59,8 +60,8 @@ def run(config: RunConfig) -> dict[str, Any] | None:
 def _run_ranks(config: RunConfig) -> dict[str, Any]:
     ranks = config.train.ranks
     hint = "wait for it, or choose another run.dir"
-    with hold(config.run.dir / ".launch.lock", "another training", hint):
-        return _run_all(config, ranks, config.run.dir / ".ranks")
+    with hold(run_dir.verb_lock(config.run.dir, "launch"), "another training", hint):
+        return _run_all(config, ranks, config.run.dir / run_dir.RANKS)
 
 
 def _run_all(config: RunConfig, ranks: int, folder: Path) -> dict[str, Any]:
