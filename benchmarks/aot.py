@@ -64,19 +64,16 @@ def moe_calls(
     F: int,
     K: int,
     dtype: torch.dtype = torch.bfloat16,
-    accumulate: bool = False,
 ) -> list[Call]:
-    """Every launch of one forward and backward at a shape; `accumulate` as with float32 main gradients."""
+    """Every launch of one forward and backward at a shape."""
     meta: dict[str, Any] = {"device": "meta", "dtype": dtype}
     x = torch.empty(tokens, D, **meta).requires_grad_()
     ids = torch.empty(tokens, K, dtype=torch.int64, device="meta")
     weights = torch.empty(tokens, K, dtype=torch.float32, device="meta").requires_grad_()
     w1, w3 = (torch.empty(experts, F, D, **meta).requires_grad_() for _ in range(2))
     w2 = torch.empty(experts, D, F, **meta).requires_grad_()
-    up, down = torch.empty(w1.shape, device="meta"), torch.empty(w2.shape, device="meta")
-    main = (up, up, down) if accumulate else None
     with record(arch) as calls:
-        y = moe_host.moe(x, ids, weights, w1, w3, w2, backend="triton", main_grads=main)
+        y = moe_host.moe(x, ids, weights, w1, w3, w2, backend="triton")
         y.backward(torch.empty_like(y))
     return calls
 

@@ -23,10 +23,8 @@ SHAPES = {"bfloat16": {"short": 8192, "long": 32768}, "float32": {"any": 8192}}
 
 def variant(call: Call) -> str:
     """Which of the forms of a kernel a launch takes; empty where there is one."""
-    transposed, accumulate = (call.arguments.get(name) for name in ("TRANSPOSED", "ACCUMULATE"))
-    if transposed is None:
-        return ""
-    return ("w2" if transposed else "w1 w3") + (" added" if accumulate else "")
+    transposed = call.arguments.get("TRANSPOSED")
+    return "" if transposed is None else "w2" if transposed else "w1 w3"
 
 
 def calls(arch: str) -> Iterator[tuple[str, str, Call]]:
@@ -34,13 +32,12 @@ def calls(arch: str) -> Iterator[tuple[str, str, Call]]:
     seen = set()
     for dtype, classes in SHAPES.items():
         for shape, tokens in classes.items():
-            for accumulate in (False, True):
-                for call in moe_calls(arch, tokens, E, D, F, K, getattr(torch, dtype), accumulate):
-                    # the two gather_sums and the weight gradients of w1 and w3 are one kernel each
-                    key = (call.kernel.fn.__name__, call.tile, dtype, variant(call))
-                    if key not in seen:
-                        seen.add(key)
-                        yield dtype, shape, call
+            for call in moe_calls(arch, tokens, E, D, F, K, getattr(torch, dtype)):
+                # the two gather_sums and the weight gradients of w1 and w3 are one kernel each
+                key = (call.kernel.fn.__name__, call.tile, dtype, variant(call))
+                if key not in seen:
+                    seen.add(key)
+                    yield dtype, shape, call
     for loss in ("kl", "ce", "lk_lambda"):
         for call in loss_calls(arch, loss, 2048, D, V):
             yield "bfloat16", loss, call

@@ -95,17 +95,10 @@ class Problem:
         weights = (self.w1, self.w3, self.w2)
         with record(self.arch) as calls, use_tiles(**{kernel: tile}):
             _, g, u = moe_triton.forward(self.x, self.weights, *weights, self.routing)
-            moe_triton.backward(
-                self.dy,
-                self.x,
-                self.weights,
-                *weights,
-                g,
-                u,
-                self.routing,
-                need=(True,) * 5,
-                main_grads=None,
+            *_, dg, _, _ = moe_triton.backward(
+                self.dy, self.x, self.weights, *weights, g, u, self.routing, need_x=True, need_weights=True
             )
+            moe_triton.weight_grad(dg, self.x, self.routing, transposed=False)
         call = next(c for c in calls if kernel_name(c) == kernel)
         for argument in call.arguments.values():
             tensor = getattr(argument, "base", argument)

@@ -1,15 +1,20 @@
 """The parallel unroll against the server's serial recursion, and its fast attention against the plain one."""
 
 import itertools
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from pipeline.tiny.target import random_checkpoint
 from tests.reference import Reference
 from train.model import load_layer
 from train.unroll import select, unroll
 
 LENGTHS = (11, 7)
+EXPERTS = 64
 
 
 def packed(layer, lengths, seed=0):
@@ -104,6 +109,76 @@ def test_blocks_form_and_its_gradients_equal_the_plain_form_on_cuda(tiny_checkpo
     expected = gradients(layer, plain, rows, hidden)
     for name, grad in gradients(layer, blocks, rows, hidden).items():
         assert relative_error(grad, expected[name]) < 1e-2, name
+
+
+@pytest.fixture(scope="module")
+def many_experts(tmp_path_factory, tiny_config):
+    """A layer whose experts are most of it, as in the real one, with a few rows for each."""
+    sizes = {
+        "n_routed_experts": EXPERTS,
+        "hidden_size": 256,
+        "moe_intermediate_size": 128,
+        "num_experts_per_tok": 4,
+    }
+    directory = tmp_path_factory.mktemp("target") / "experts"
+    return load_layer(random_checkpoint(directory, tiny_config.model_copy(update=sizes)))
+
+
+def test_gradients_of_many_steps_and_micro_batches_equal_those_added_up(many_experts):
+    layer = many_experts
+    expected, found = [], []
+    for form, grads in ((unroll.__wrapped__, expected), (unroll, found)):
+        layer.zero_grad()
+        for seed in range(2):
+            ids, hidden, cu = packed(layer, LENGTHS, seed)
+            form(layer, ids, hidden, cu, 4)[defined(LENGTHS, 4)].square().sum().backward()
+        grads += [p.grad for n, p in layer.named_parameters() if "indexer" not in n]
+    layer.zero_grad()
+    for a, b in zip(found, expected, strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
+class Watch(TorchDispatchMode):
+    """Counts sums of stacked gradients, and the bytes of the tensors that are made and not yet freed."""
+
+    sums = bytes = most = 0
+
+    def free(self, size):
+        self.bytes -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_):
+            self.sums += args[0].dim() == 3 and len(args[0]) == EXPERTS
+        known = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)}
+        for x in tree_leaves(result):
+            if torch.is_tensor(x) and x.untyped_storage().data_ptr() not in known:
+                storage = x.untyped_storage()
+                known.add(storage.data_ptr())
+                self.bytes += storage.nbytes()
+                weakref.finalize(storage, self.free, storage.nbytes())
+        self.most = max(self.most, self.bytes)
+        return result
+
+
+def test_backward_forms_one_gradient_of_the_experts_and_adds_none(many_experts):
+    layer = many_experts
+
+    def backward(form):
+        layer.zero_grad()
+        states = form(layer, *packed(layer, LENGTHS), 6)
+        loss = states[defined(LENGTHS, 6)].square().sum()
+        with Watch() as seen:
+            loss.backward()
+        return seen
+
+    gradients = sum(p.numel() * 4 for n, p in layer.named_parameters() if "indexer" not in n)
+    assert backward(unroll.__wrapped__).sums == 15, "five for each weight where each step forms its own"
+    seen = backward(unroll)
+    assert seen.sums == 0
+    # all gradients are there at the end; beside them only rows
+    assert gradients <= seen.most < 1.2 * gradients
+    assert gradients <= seen.bytes
 
 
 def test_undefined_rows_never_reach_defined_ones(tiny_checkpoint):

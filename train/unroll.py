@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from train.attention import attention_form, per_row
+from train.kernels.moe import weight_gradients_once
 from train.mtp import MTPLayer
 
 __all__ = ["Scored", "select", "unroll"]
@@ -82,6 +83,7 @@ def select(loss_mask: Tensor, cu_seqlens: Tensor, num_steps: int) -> Scored:
     return Scored(anchors, tokens, place, valid)
 
 
+@weight_gradients_once()
 def unroll(
     layer: MTPLayer,
     input_ids: Tensor,
@@ -108,7 +110,8 @@ def unroll(
 
     Returns:
         states [S, A, D]: row i of step s is the carried (post-norm) state that predicts token i+s+2; rows
-        without such a token in their document are undefined.
+        without such a token in their document are undefined. The gradients of stacked experts are formed once
+        for all steps.
 
     Source: vLLM 0.32.0 `v1/spec_decode` proposing with an MTP layer; arXiv 2503.01840 trains EAGLE-3 so.
     """

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from train.kernels.launch import record, use_tiles
-from train.kernels.moe import moe
+from train.kernels.moe import moe, weight_gradients_once
 from train.kernels.moe_ref import moe_reference
 from train.kernels.tiles import TABLE
 
@@ -122,18 +122,85 @@ def test_gradients_pass_gradcheck(function: Callable[..., Tensor]) -> None:
     assert torch.autograd.gradcheck(lambda x, *rest: function(x, ids, *rest), inputs)
 
 
+def chain(function: Callable[..., Tensor], steps: int) -> Callable[..., Tensor]:
+    """Calls with the same weights, each on what the one before it returned, with other experts."""
+
+    def run(x: Tensor, ids: Tensor, weights: Tensor, *stack: Tensor) -> Tensor:
+        for s in range(steps):
+            # the last call has fewer tokens than the others
+            x, ids, weights = (t[: len(t) - (s == 3)] for t in (x, ids, weights))
+            x = torch.tanh(x + function(x, ids.roll(s, 0), weights, *stack))
+        return x.sum(0, keepdim=True)
+
+    return run
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "name", ["one_token", "an_empty_expert", "all_on_one_expert", "no_size_a_multiple_of_a_tile"]
+)
 @pytest.mark.parametrize("backend", ["torch", "grouped_mm", "triton"])
-def test_main_grads_accumulate_in_float32(backend: str) -> None:
-    arguments = problem(Shape(40, 2, 32, 32, 5, "not_2"), torch.bfloat16)
-    x, ids, weights, *stack, dy = arguments
-    parameters = [w.requires_grad_() for w in stack]
-    buffers = tuple(torch.full(w.shape, 3.0) for w in parameters)
-    moe(x, ids, weights, *parameters, backend=backend, main_grads=buffers).backward(dy)
-    expected = exact(arguments)[3:]
-    for label, w, buffer, gradient in zip(NAMES[3:], parameters, buffers, expected, strict=True):
-        assert w.grad is None
-        assert error_ratio(buffer - 3, gradient) < 2e-2, label
-        assert torch.equal(buffer[2], torch.full_like(buffer[2], 3.0)), "an expert without tokens changed"
+@pytest.mark.usefixtures("poisoned")
+def test_one_gradient_for_several_calls_equals_the_sum_of_theirs(backend: str, name: str, steps: int) -> None:
+    *inputs, _ = problem(SHAPES[name], torch.float32)
+    arguments = (*inputs, torch.ones(1, SHAPES[name].width))
+
+    def function(*a: Tensor) -> Tensor:
+        return moe(*a, backend=backend)
+
+    wide = tuple(t.double() if t.is_floating_point() else t for t in arguments)
+    expected = run(chain(moe_reference, steps), wide)
+    results = run(weight_gradients_once()(chain(function, steps)), arguments)
+    for label, got, right in zip(NAMES, results, expected, strict=True):
+        assert not got.isnan().any(), f"{label} holds unwritten memory"
+        assert error_ratio(got, right) < 1e-5, label
+    empty = torch.bincount(arguments[1].flatten(), minlength=SHAPES[name].experts) == 0
+    for label, got in zip(NAMES[3:], results[3:], strict=True):
+        assert not got[empty].any(), f"{label} of an expert without tokens is not zero"
+
+
+@pytest.mark.parametrize("backend", ["torch", "grouped_mm", "triton"])
+def test_each_backward_counts_its_own_calls_only(backend: str) -> None:
+    """Walks of one graph: to the tokens alone, from the first call alone, and the whole, twice."""
+    x, ids, weights, *stack, _ = problem(Shape(16, 2, 32, 32, 4), torch.float32)
+    x.requires_grad_()
+    parameters = [torch.nn.Parameter(w) for w in stack]
+    with weight_gradients_once():
+        first = moe(x, ids, weights, *parameters, backend=backend)
+        second = moe(torch.tanh(first), ids, weights, *parameters, backend=backend)
+    a = moe_reference(x, ids, weights, *parameters)
+    b = moe_reference(torch.tanh(a), ids, weights, *parameters)
+    torch.autograd.grad(second.sum(), x, retain_graph=True)
+    for ours, plain in ((first, a), (second, b), (first + second, a + b)):
+        found = torch.autograd.grad(ours.square().sum(), parameters, retain_graph=True)
+        expected = torch.autograd.grad(plain.square().sum(), parameters, retain_graph=True)
+        for label, got, right in zip(NAMES[3:], found, expected, strict=True):
+            assert error_ratio(got, right.double()) < 1e-5, label
+    # added to what is there, as any gradient
+    for _ in range(2):
+        second.sum().backward(retain_graph=True)
+    once = torch.autograd.grad(b.sum(), parameters)
+    for label, p, right in zip(NAMES[3:], parameters, once, strict=True):
+        assert error_ratio(p.grad, 2 * right.double()) < 1e-5, label
+
+
+def test_frozen_weights_get_no_gradient_and_other_weights_one_of_their_own() -> None:
+    x, ids, weights, *stack, _ = problem(Shape(16, 2, 32, 32, 4), torch.float32)
+    w1, w3, w2 = (torch.nn.Parameter(w) for w in stack)
+    other = torch.nn.Parameter(w2.detach() / 2)
+    w3.requires_grad_(False)
+
+    def both(function: Callable[..., Tensor]) -> Tensor:
+        with torch.no_grad():
+            function(x, ids, weights, w1, w3, w2)
+        y = torch.tanh(function(x, ids, weights, w1, w3, w2))
+        return function(y, ids, weights, w1, w3, other).sum()
+
+    expected = torch.autograd.grad(both(moe_reference), (w1, w2, other))
+    weight_gradients_once()(both)(moe).backward()
+    assert w3.grad is None
+    for w, right in zip((w1, w2, other), expected, strict=True):
+        assert error_ratio(w.grad, right.double()) < 1e-5
 
 
 @pytest.mark.parametrize("backend", ["torch", "grouped_mm", "triton"])
@@ -245,8 +312,6 @@ def test_wrong_backends_are_named() -> None:
             moe(*ragged, backend=backend)
         with pytest.raises(ValueError, match=r"x: found torch\.float64, expected"):
             moe(*(t.double() if t.is_floating_point() else t for t in values), backend=backend)
-    with pytest.raises(ValueError, match=r"main_grads: found torch\.bfloat16"):
-        moe(*values, main_grads=tuple(t.bfloat16() for t in values[3:]))
 
 
 def on_meta() -> tuple[Tensor, ...]:
@@ -260,12 +325,17 @@ def test_triton_never_waits_for_the_device() -> None:
     with record("sm90") as calls:
         moe(*inputs, backend="triton").backward(dy)
     assert [t.grad.shape for t in leaves] == [t.shape for t in leaves]
-    assert len(calls) == 9
+    names = [call.kernel.fn.__name__ for call in calls]
+    assert names.count("_weight_grad_kernel") == 3
 
 
-def test_ids_on_a_device_are_checked_in_debug_only() -> None:
-    *inputs, _ = on_meta()
-    with record("sm90"):
-        moe(*inputs, backend="triton")
-        with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-            moe(*inputs, backend="triton", debug=True)
+def test_triton_multiplies_once_for_each_weight_however_many_calls() -> None:
+    x, ids, weights, *stack, dy = on_meta()
+    leaves = [w.requires_grad_() for w in stack]
+    with record("sm90") as calls, weight_gradients_once():
+        for _ in range(6):
+            x = moe(x, ids, weights, *leaves, backend="triton")
+        x.backward(dy)
+    products = [call for call in calls if call.kernel.fn.__name__ == "_weight_grad_kernel"]
+    assert len(products) == 3
+    assert all(len(call.arguments["token"]) == 6 * ids.numel() for call in products)

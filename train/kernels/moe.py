@@ -1,8 +1,20 @@
-"""Routed experts: checks, the autograd function and the choice of a backend.
+"""Routed experts: checks, the autograd functions and the choice of a backend.
+
+The gradients of the stacked weights are not formed by each call's backward, which would write them whole for
+however few tokens and leave autograd to add them up. The calls of a `weight_gradients_once` leave their rows,
+and the first thing after the last of their backwards is one product for each weight over the rows of all:
+
+    w ──► _Sink ──token──► _Moe, step 0 ──► ... ──► _Moe, step K-1        forward
+    w.grad ◄── _Sink ◄── rows ── _Moe, step 0 ◄── ... ◄── _Moe, step K-1  backward
+
+A token holds nothing; that every call depends on it is what makes autograd run `_Sink` after all of them.
 
 Legend: T tokens, D model width, F expert width, E experts, K experts a token, N = T * K rows.
 """
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
@@ -12,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from train.kernels import moe_torch
 from train.kernels.routing import Routing, route
 
-__all__ = ["BACKENDS", "Backend", "default_backend", "moe"]
+__all__ = ["BACKENDS", "Backend", "default_backend", "moe", "weight_gradients_once"]
 
 Backend = Literal["torch", "grouped_mm", "triton"]
 BACKENDS: tuple[Backend, ...] = ("torch", "grouped_mm", "triton")
@@ -44,9 +56,7 @@ def check_rows(x: Tensor, w1: Tensor, backend: str) -> None:
             )
 
 
-def check(
-    x: Tensor, topk_ids: Tensor, topk_weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, ids: bool
-) -> None:
+def check(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> None:
     """Refuse arguments that do not fit. Raises ValueError naming argument, found and expected."""
 
     def expect(name: str, t: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
@@ -72,10 +82,70 @@ def check(
         expect(name, w, shape, (x.dtype,))
         if not w.is_contiguous():
             raise ValueError(f"{name}: found strides {list(w.stride())}, expected a contiguous tensor")
-    if ids and topk_ids.numel():
+    # on a GPU the check would wait for the device
+    if topk_ids.device.type == "cpu" and topk_ids.numel():
         low, high = map(int, topk_ids.aminmax())
         if low < 0 or high >= E:
             raise ValueError(f"topk_ids: found ids from {low} to {high}, expected 0 to {E - 1}")
+
+
+class _Shared:
+    """What calls with the same weights have in common: the rows their backwards leave, and their product.
+
+    The product of weight i (w1, w3, w2) is dense^T gathered[token] over the rows of each expert, with pairs
+    (dense [N, F], gathered [T, D]) = (dg, x), (du, x), (h, dy).
+    """
+
+    def __init__(self, ops: Any, num_experts: int) -> None:
+        self.ops, self.num_experts = ops, num_experts
+        self.clear(None)
+
+    def clear(self, backward: int | None) -> None:
+        self.backward = backward
+        self.ids: list[Tensor] = []
+        self.routings: list[Routing] = []
+        self.pairs: tuple[list[tuple[Tensor, Tensor]], ...] = ([], [], [])
+
+    def leave(self, topk_ids: Tensor, routing: Routing, *pairs: tuple[Tensor, Tensor] | None) -> None:
+        # a graph may be walked more than once, and not every walk comes as far as the weights
+        current = torch._C._current_graph_task_id()
+        if current != self.backward:
+            self.clear(current)
+        self.ids.append(topk_ids)
+        self.routings.append(routing)
+        for rows, pair in zip(self.pairs, pairs, strict=True):
+            if pair is not None:
+                rows.append(pair)
+
+    def gradient(self, weight: int) -> Tensor:
+        rows = self.pairs[weight]
+        (dense, gathered), routing = rows[0], self.routings[0]
+        if len(rows) > 1:
+            # as if all tokens had come in one call: each call's rows move to where that call would have them
+            routing = route(torch.cat(self.ids), self.num_experts)
+            gathered = torch.cat([g for _, g in rows])
+            dense = dense.new_empty(len(routing.order), dense.shape[1])
+            places = routing.inverse.split([len(r.order) for r in self.routings])
+            for place, call in zip(places, self.routings, strict=True):
+                part, _ = rows.pop(0)
+                dense.index_copy_(0, place.index_select(0, call.order), part)
+                del part
+        rows.clear()
+        return self.ops.weight_grad(dense, gathered, routing, transposed=weight == 2)
+
+
+class _Sink(torch.autograd.Function):
+    """Gives out a token for a weight, and forms the weight's gradient when all that took it are done."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, shared: _Shared, weight: int) -> Tensor:
+        ctx.shared, ctx.weight = shared, weight
+        return w.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.shared.gradient(ctx.weight), None, None
 
 
 class _Moe(torch.autograd.Function):
@@ -90,35 +160,64 @@ class _Moe(torch.autograd.Function):
         w1: Tensor,
         w3: Tensor,
         w2: Tensor,
-        ops: Any,
-        main_grads: tuple[Tensor, Tensor, Tensor] | None,
+        shared: _Shared,
+        *tokens: Tensor | None,
     ) -> Tensor:
         routing = route(topk_ids, len(w1))
-        y, g, u = ops.forward(x, topk_weights, w1, w3, w2, routing)
+        y, g, u = shared.ops.forward(x, topk_weights, w1, w3, w2, routing)
         # the weights go in as they came: a partitioned parameter is freed and gathered again in between
-        ctx.save_for_backward(x, topk_weights, w1, w3, w2, g, u, *routing)
-        ctx.ops, ctx.main_grads = ops, main_grads
+        ctx.save_for_backward(x, topk_ids, topk_weights, w1, w3, w2, g, u, *routing)
+        ctx.shared = shared
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, topk_weights, w1, w3, w2, g, u, *routing = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        dx, dweights, dw1, dw3, dw2 = ctx.ops.backward(
-            dy.contiguous(),
-            x,
-            topk_weights,
-            w1,
-            w3,
-            w2,
-            g,
-            u,
-            Routing(*routing),
-            need=(need[0], need[2], need[3], need[4], need[5]),
-            main_grads=ctx.main_grads,
+        x, topk_ids, topk_weights, w1, w3, w2, g, u, *routed = ctx.saved_tensors
+        need_x, _, need_weights, *need = ctx.needs_input_grad[:6]
+        routing, dy = Routing(*routed), dy.contiguous()
+        dx, dweights, dg, du, h = ctx.shared.ops.backward(
+            dy, x, topk_weights, w1, w3, w2, g, u, routing, need_x, need_weights
         )
-        return dx, None, dweights, dw1, dw3, dw2, None, None
+        if any(need):
+            pairs = ((dg, x), (du, x), (h, dy))
+            ctx.shared.leave(
+                topk_ids, routing, *(pair if n else None for pair, n in zip(pairs, need, strict=True))
+            )
+        return dx, None, dweights, *[None] * 7
+
+
+# of the current `weight_gradients_once`: what calls share, by the weights they were given, and the weights
+_once: ContextVar[dict[tuple[int, ...], tuple[_Shared, list[Tensor | None], tuple[Tensor, ...]]] | None]
+_once = ContextVar("once", default=None)
+
+
+@contextlib.contextmanager
+def weight_gradients_once() -> Iterator[None]:
+    """Form the gradient of each weight once for all calls of `moe` within that are given the same weights.
+
+    Without it, each call's backward forms the gradients of its own rows and autograd adds up those of several
+    calls. Gradients of calls within are never added, however many: they are one product over all rows.
+    """
+    reset = _once.set({})
+    try:
+        yield
+    finally:
+        _once.reset(reset)
+
+
+def _share(ops: Any, weights: tuple[Tensor, ...]) -> tuple[_Shared, list[Tensor | None]]:
+    """What a call has in common with those before it, and the token of each weight that wants a gradient."""
+    begun = _once.get()
+    graph = torch.is_grad_enabled()
+    key = (id(ops), *map(id, weights), graph)
+    if begun is not None and key in begun:
+        return begun[key][:2]
+    shared = _Shared(ops, len(weights[0]))
+    tokens = [_Sink.apply(w, shared, i) if graph and w.requires_grad else None for i, w in enumerate(weights)]
+    if begun is not None:
+        begun[key] = shared, tokens, weights
+    return shared, tokens
 
 
 def _ops(backend: str) -> Any:
@@ -141,9 +240,6 @@ def moe(
     w3: Tensor,
     w2: Tensor,
     backend: str | None = None,
-    *,
-    main_grads: tuple[Tensor, Tensor, Tensor] | None = None,
-    debug: bool = False,
 ) -> Tensor:
     """Send each token through its experts and add up what they return, each with its router weight.
 
@@ -151,34 +247,26 @@ def moe(
 
     Args:
         x: tokens [T, D], bfloat16 or float32 (float64 in the torch backend). T may be 0.
-        topk_ids: int64 or int32 [T, K], each in [0, E); a token's ids may repeat.
+        topk_ids: int64 or int32 [T, K], each in [0, E), checked on CPU only; a token's ids may repeat.
         topk_weights: float32 [T, K].
         w1, w3: gate and up projections [E, F, D], contiguous, dtype of `x`.
         w2: down projections [E, D, F], contiguous, dtype of `x`.
         backend: `torch`, `grouped_mm` or `triton`; None chooses by device and shape.
-        main_grads: float32 buffers like (w1, w3, w2); the backward adds the weights' gradients to them in
-            float32, and the weights themselves get none.
-        debug: check the ids on a GPU too, at the cost of a synchronisation; on CPU they always are.
 
     Returns:
         [T, D], dtype of `x`; differentiable once in x, topk_weights, w1, w3 and w2. Experts without tokens
-        get gradients of exact zeros. Nothing is added in an order that depends on timing.
+        get gradients of exact zeros. Nothing is added in an order that depends on timing. Several calls with
+        the same weights belong into a `weight_gradients_once`.
 
     Raises:
         ValueError: an argument does not fit; the message names it, what was found and what was expected.
 
     Source: arXiv 2412.19437, equation 12 without the shared expert; reference in `moe_ref.py`.
     """
-    check(x, topk_ids, topk_weights, w1, w3, w2, ids=debug or x.device.type == "cpu")
+    check(x, topk_ids, topk_weights, w1, w3, w2)
     name = backend or default_backend(x, w1)
     ops = _ops(name)
     if ops is not moe_torch.Loop:
         check_rows(x, w1, name)
-    if main_grads is not None:
-        for label, buffer, w in zip(("w1", "w3", "w2"), main_grads, (w1, w3, w2), strict=True):
-            if buffer.shape != w.shape or buffer.dtype != torch.float32 or not buffer.is_contiguous():
-                raise ValueError(
-                    f"main_grads: found {buffer.dtype} {list(buffer.shape)} for {label}, expected"
-                    f" torch.float32 {list(w.shape)}, contiguous"
-                )
-    return _Moe.apply(x.contiguous(), topk_ids, topk_weights, w1, w3, w2, ops, main_grads)
+    shared, tokens = _share(ops, (w1, w3, w2))
+    return _Moe.apply(x.contiguous(), topk_ids, topk_weights, w1, w3, w2, shared, *tokens)

@@ -38,7 +38,7 @@ class Experts:
     def multiply_nn(self, a: Tensor, w: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def multiply_tn(self, a: Tensor, b: Tensor, accumulate: Tensor | None) -> Tensor | None:
+    def multiply_tn(self, a: Tensor, b: Tensor) -> Tensor:
         raise NotImplementedError
 
     @classmethod
@@ -70,39 +70,39 @@ class Experts:
         g_NF: Tensor,
         u_NF: Tensor,
         routing: Routing,
-        need: tuple[bool, ...],
-        main_grads: tuple[Tensor, Tensor, Tensor] | None,
-    ) -> tuple[Tensor | None, ...]:
-        """Gradients of x, topk_weights, w1, w3, w2; None where not needed."""
+        need_x: bool,
+        need_weights: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor]:
+        """Gradients of x and topk_weights, None where not needed; and of what `weight_grad` multiplies
+        those of g and u, and h, each [N, F]."""
         self = cls(routing)
-        need_x, need_weights, need_w1, need_w3, need_w2 = need
         K = topk_weights.shape[1]
-        a1, a3, a2 = main_grads or (None, None, None)
-        dx = dweights = dw1 = dw3 = dw2 = None
+        dx = dweights = None
         wide = topk_weights.dtype
         weight_N1 = topk_weights.reshape(-1).index_select(0, routing.order)[:, None].to(x.dtype)
-        dy_ND = dy.index_select(0, routing.token)
         silu_NF = F.silu(g_NF)
         h_NF = silu_NF * u_NF
         # gradient of the expert's own output is weight * dy; the weight is taken out of the product
-        dh_NF = self.multiply_nn(dy_ND, w2)
+        dh_NF = self.multiply_nn(dy.index_select(0, routing.token), w2)
         if need_weights:
             dweight_N = torch.linalg.vecdot(dh_NF.to(wide), h_NF.to(wide))
             dweights = dweight_N.index_select(0, routing.inverse).view(-1, K)
-        if need_w2:
-            dw2 = self.multiply_tn(dy_ND, h_NF.mul_(weight_N1), a2)
-        if need_x or need_w1 or need_w3:
-            dh_NF.mul_(weight_N1)
-            du_NF = silu_NF.mul_(dh_NF)
-            dg_NF = torch.ops.aten.silu_backward(dh_NF.mul_(u_NF), g_NF)
-            if need_x:
-                dx_ND = self.multiply_nn(dg_NF, w1).add_(self.multiply_nn(du_NF, w3))
-                dx = gather_sum(dx_ND, routing.inverse, K) if len(dx_ND) else torch.zeros_like(x)
-            if need_w1 or need_w3:
-                x_ND = x.index_select(0, routing.token)
-                dw1 = self.multiply_tn(dg_NF, x_ND, a1) if need_w1 else None
-                dw3 = self.multiply_tn(du_NF, x_ND, a3) if need_w3 else None
-        return dx, dweights, dw1, dw3, dw2
+        h_NF.mul_(weight_N1)
+        dh_NF.mul_(weight_N1)
+        du_NF = silu_NF.mul_(dh_NF)
+        dg_NF = torch.ops.aten.silu_backward(dh_NF.mul_(u_NF), g_NF)
+        if need_x:
+            dx_ND = self.multiply_nn(dg_NF, w1).add_(self.multiply_nn(du_NF, w3))
+            dx = gather_sum(dx_ND, routing.inverse, K) if len(dx_ND) else torch.zeros_like(x)
+        return dx, dweights, dg_NF, du_NF, h_NF
+
+    @classmethod
+    def weight_grad(cls, dense_NF: Tensor, gathered_TD: Tensor, routing: Routing, transposed: bool) -> Tensor:
+        """dense^T gathered[token] of each expert, [E, F, D], or its transpose."""
+        self, gathered_ND = cls(routing), gathered_TD.index_select(0, routing.token)
+        if transposed:
+            return self.multiply_tn(gathered_ND, dense_NF)
+        return self.multiply_tn(dense_NF, gathered_ND)
 
 
 class Loop(Experts):
@@ -126,12 +126,8 @@ class Loop(Experts):
             torch.mm(a[i:j], w[e], out=out[i:j])
         return out
 
-    def multiply_tn(self, a: Tensor, b: Tensor, accumulate: Tensor | None) -> Tensor | None:
+    def multiply_tn(self, a: Tensor, b: Tensor) -> Tensor:
         E = len(self.routing.offsets) - 1
-        if accumulate is not None:
-            for e, i, j in self.spans:
-                accumulate[e].addmm_(a[i:j].t().float(), b[i:j].float())
-            return None
         make = a.new_empty if self.complete else a.new_zeros
         out = make(E, a.shape[1], b.shape[1])
         for e, i, j in self.spans:
@@ -152,9 +148,5 @@ class Grouped(Experts):
     def multiply_nn(self, a: Tensor, w: Tensor) -> Tensor:
         return F.grouped_mm(a, w, offs=self.ends)
 
-    def multiply_tn(self, a: Tensor, b: Tensor, accumulate: Tensor | None) -> Tensor | None:
-        product = F.grouped_mm(a.t(), b, offs=self.ends)
-        if accumulate is None:
-            return product
-        accumulate.add_(product)
-        return None
+    def multiply_tn(self, a: Tensor, b: Tensor) -> Tensor:
+        return F.grouped_mm(a.t(), b, offs=self.ends)

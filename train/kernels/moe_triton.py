@@ -28,7 +28,7 @@ from train.kernels.launch import launch, matrix, require_device, tile_for
 from train.kernels.routing import Routing
 from train.kernels.tiles import Tile
 
-__all__ = ["backward", "forward", "row_tiles"]
+__all__ = ["backward", "forward", "row_tiles", "weight_grad"]
 
 
 @triton.jit
@@ -225,31 +225,11 @@ def _up_bwd_kernel(
 
 
 @triton.jit
-def _store_weight_grad(
-    acc, out, rows, column, D: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    TRANSPOSED: tl.constexpr, ACCUMULATE: tl.constexpr,
-):  # fmt: skip
-    """Epilogue of weight_grad; adding to what is there halves the columns to 32, as in `_swiglu_bwd`."""
-    if ACCUMULATE and BN > 32:
-        HALF: tl.constexpr = BN // 2
-        left, right = tl.split(tl.reshape(acc, (BM, 2, HALF)).permute(0, 2, 1))
-        _store_weight_grad(left, out, rows, column, D, F, BM, HALF, TRANSPOSED, ACCUMULATE)
-        _store_weight_grad(right, out, rows, column + HALF, D, F, BM, HALF, TRANSPOSED, ACCUMULATE)
-    else:
-        columns = column + tl.arange(0, BN)
-        mask = (rows < F)[:, None] & (columns < D)[None, :]
-        at = rows[:, None] + columns[None, :] * F if TRANSPOSED else rows[:, None] * D + columns[None, :]
-        if ACCUMULATE:
-            acc += tl.load(out + at, mask=mask, other=0.0)
-        tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def _weight_grad_kernel(
     dense, gathered, dw, token, offsets,
     D: tl.constexpr, F: tl.constexpr, DESCRIPTORS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    TRANSPOSED: tl.constexpr, ACCUMULATE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """dw[e] = dense^T gathered [F, D] (w1, w3), or its transpose [D, F] (w2), in tiles of BM and BN."""
     tiles_m: tl.constexpr = tl.cdiv(F, BM)
@@ -279,7 +259,8 @@ def _weight_grad_kernel(
         source = tl.load(token + following, mask=following < end, other=0).to(tl.int64)
         acc = tl.dot(a, b, acc, input_precision="ieee")
     out = dw + expert.to(tl.int64) * (D * F)
-    _store_weight_grad(acc, out, rows, tile_n * BN, D, F, BM, BN, TRANSPOSED, ACCUMULATE)
+    at = rows[:, None] + columns[None, :] * F if TRANSPOSED else rows[:, None] * D + columns[None, :]
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=(rows < F)[:, None] & inside)
 
 
 def row_tiles(offsets: Tensor, num_rows: int, size: int) -> tuple[Tensor, Tensor]:
@@ -391,25 +372,19 @@ def backward(
     g: Tensor,
     u: Tensor,
     routing: Routing,
-    need: tuple[bool, ...],
-    main_grads: tuple[Tensor, Tensor, Tensor] | None,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of x, topk_weights, w1, w3, w2; None where not needed."""
-    need_x, need_weights, need_w1, need_w3, need_w2 = need
+    need_x: bool,
+    need_weights: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor]:
+    """Gradients of x and topk_weights, None where not needed; and of what `weight_grad` multiplies
+    those of g and u, and h, each [N, F]."""
     (E, F, D), (T, K) = w1.shape, topk_weights.shape
     N = T * K
-    if not N:
-        zeros = (
-            torch.zeros_like(t) if n else None
-            for n, t in zip(need, (x, topk_weights, w1, w3, w2), strict=True)
-        )
-        return tuple(zeros)
-    token, order, offsets = routing.token.int(), routing.order.int(), routing.offsets
     dg, du, h = (torch.empty_like(g) for _ in range(3))
+    if not N:
+        return torch.zeros_like(x), torch.zeros_like(topk_weights), dg, du, h
     tile = tile_for("down_bwd", x.device, x.dtype, N / E)
-    tiles_n = triton.cdiv(F, tile.n)
     # one partial sum for each column tile, added up in a fixed order
-    partial = torch.empty(tiles_n, N, dtype=torch.float32, device=x.device)
+    partial = torch.empty(triton.cdiv(F, tile.n), N, dtype=torch.float32, device=x.device)
     launch_tiles(
         _down_bwd_kernel,
         tile,
@@ -424,8 +399,8 @@ def backward(
         du=du,
         h=h,
         dweight=partial,
-        token=token,
-        order=order,
+        token=routing.token.int(),
+        order=routing.order.int(),
         weight=topk_weights.contiguous(),
         PART=tile.part,
     )
@@ -447,30 +422,29 @@ def backward(
             dx=dx_ND,
         )
         dx = gather_sum(dx_ND, routing.inverse, K)
-        del dx_ND
-    tile = tile_for("weight_grad", x.device, x.dtype, N / E)
+    return dx, dweights, dg, du, h
 
-    def weight_grad(dense: Tensor, gathered: Tensor, like: Tensor, main: Tensor | None) -> Tensor | None:
-        dw = torch.empty_like(like) if main is None else main
-        launch(
-            _weight_grad_kernel,
-            E * triton.cdiv(F, tile.m) * triton.cdiv(D, tile.n),
-            tile,
-            dense=matrix(dense, tile.k, tile.m, tile),
-            gathered=gathered,
-            dw=dw,
-            token=token,
-            offsets=offsets,
-            D=D,
-            F=F,
-            **tile.constants,
-            TRANSPOSED=like is w2,
-            ACCUMULATE=main is not None,
-        )
-        return dw if main is None else None
 
-    main1, main3, main2 = main_grads or (None, None, None)
-    dw1 = weight_grad(dg, x, w1, main1) if need_w1 else None
-    dw3 = weight_grad(du, x, w3, main3) if need_w3 else None
-    dw2 = weight_grad(h, dy, w2, main2) if need_w2 else None
-    return dx, dweights, dw1, dw3, dw2
+def weight_grad(dense: Tensor, gathered: Tensor, routing: Routing, transposed: bool) -> Tensor:
+    """dense^T gathered[token] of each expert, [E, F, D], or its transpose; dense [N, F], gathered [T, D]."""
+    (N, F), D, E = dense.shape, gathered.shape[1], len(routing.offsets) - 1
+    shape = (E, D, F) if transposed else (E, F, D)
+    if not N:
+        return dense.new_zeros(shape)
+    dw = dense.new_empty(shape)
+    tile = tile_for("weight_grad", dense.device, dense.dtype, N / E)
+    launch(
+        _weight_grad_kernel,
+        E * triton.cdiv(F, tile.m) * triton.cdiv(D, tile.n),
+        tile,
+        dense=matrix(dense, tile.k, tile.m, tile),
+        gathered=gathered,
+        dw=dw,
+        token=routing.token.int(),
+        offsets=routing.offsets,
+        D=D,
+        F=F,
+        **tile.constants,
+        TRANSPOSED=transposed,
+    )
+    return dw

@@ -1,0 +1,74 @@
+"""Gradients under ZeRO-3, on two ranks and several micro-batches, against plain autograd on all of them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+STEPS, MICRO_BATCHES, LENGTHS = 4, 2, (11, 7)
+
+
+def rank_of_two(target: Path) -> None:
+    """What each rank runs: raises where a gradient differs."""
+    import torch
+    from deepspeed.utils import safe_get_full_grad
+
+    from configs.schema import TrainConfig
+    from export.checkpoint import Checkpoint
+    from tests.test_unroll import defined, packed, relative_error
+    from train import zero
+    from train.model import load_layer
+    from train.unroll import unroll
+
+    class Loss(torch.nn.Module):
+        def __init__(self, layer: torch.nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, ids, hidden, cu, form):
+            return form(self.layer, ids, hidden, cu, STEPS)[defined(LENGTHS, STEPS)].square().sum()
+
+    rank, ranks = zero.init_distributed()
+    train = TrainConfig(
+        dtype="float32",
+        freeze=["self_attn.indexer."],
+        gradient_accumulation_steps=MICRO_BATCHES,
+        deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+    )
+    config = zero.deepspeed_config(train, num_parameters=1000)
+    layer = zero.build_layer(Checkpoint(target), train, config)
+    engine = zero.initialize(Loss(layer), train, config)
+    # two optimizer steps' worth: the first one is what DeepSpeed records its order of gathers from
+    for last in (False, True):
+        for i in range(MICRO_BATCHES):
+            engine.backward(engine(*packed(layer, LENGTHS, seed=10 * rank + i), unroll))
+            if i == MICRO_BATCHES - 1:
+                found = {n: safe_get_full_grad(p) for n, p in layer.named_parameters() if p.requires_grad}
+            if not last:
+                engine.step()
+    plain = load_layer(target)
+    with torch.no_grad():
+        for (name, p), whole in zip(layer.named_parameters(), plain.parameters(), strict=True):
+            with zero.gathered([p]):
+                assert p.shape == whole.shape, name
+                whole.copy_(p)
+    loss = Loss(plain)
+    for seed in (10 * r + i for r in range(ranks) for i in range(MICRO_BATCHES)):
+        (loss(*packed(plain, LENGTHS, seed), unroll.__wrapped__) / (ranks * MICRO_BATCHES)).backward()
+    expected = {n: p.grad for n, p in plain.named_parameters() if "indexer" not in n}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert relative_error(found[name], gradient) < 1e-5, name
+    zero.shutdown()
+
+
+def test_gradients_of_partitioned_experts_equal_plain_autograds(tiny_checkpoint):
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "tests.test_zero"]
+    done = subprocess.run(
+        [sys.executable, *command, str(tiny_checkpoint)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+if __name__ == "__main__":
+    rank_of_two(Path(sys.argv[1]))
