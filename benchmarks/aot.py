@@ -1,4 +1,4 @@
-"""Compiling the kernels ahead of time, for a GPU that need not be there, and reading what came out.
+"""Compiling the kernels ahead of time for sm_90, which need not be there, and reading what came out.
 
 The launches are recorded on meta tensors of the real shapes, so that the arguments, their alignment and the
 constants are those of a real run. Must run in a process without TRITON_INTERPRET.
@@ -24,15 +24,8 @@ from train.loss import head_loss
 
 __all__ = ["SHARED_LIMIT", "Reading", "compile_call", "loss_calls", "moe_calls"]
 
-SHARED_LIMIT = {"sm80": 101376, "sm90": 232448, "sm100": 232448}
-"""Bytes of shared memory a program may have (CUDA programming guide, table of technical specifications); for
-sm80 the 99 KiB of its smaller siblings, which use its tiles."""
-
-MATRIX_INSTRUCTION = {
-    "sm80": r"\bmma\.sync",
-    "sm90": r"wgmma\.mma_async",
-    "sm100": r"tcgen05\.mma",
-}
+SHARED_LIMIT = 232448
+"""Bytes of shared memory a program may have on sm_90 (CUDA programming guide, technical specifications)."""
 
 
 class Reading(NamedTuple):
@@ -49,43 +42,33 @@ class Reading(NamedTuple):
     operands: int
     """Bytes that the matrix operands of one step take, the least that a pipeline of one stage holds."""
     mma: int
-    """Matrix instructions of the architecture: mma.sync, wgmma or tcgen05.mma."""
+    """wgmma instructions."""
     tma: int
     """Bulk tensor copies."""
     async_copies: int
     """cp.async instructions, the pipelined loads through pointers."""
 
 
-def moe_calls(
-    arch: str,
-    tokens: int,
-    experts: int,
-    D: int,
-    F: int,
-    K: int,
-    dtype: torch.dtype = torch.bfloat16,
-) -> list[Call]:
+def moe_calls(tokens: int, experts: int, D: int, F: int, K: int) -> list[Call]:
     """Every launch of one forward and backward at a shape."""
-    meta: dict[str, Any] = {"device": "meta", "dtype": dtype}
+    meta: dict[str, Any] = {"device": "meta", "dtype": torch.bfloat16}
     x = torch.empty(tokens, D, **meta).requires_grad_()
     ids = torch.empty(tokens, K, dtype=torch.int64, device="meta")
     weights = torch.empty(tokens, K, dtype=torch.float32, device="meta").requires_grad_()
     w1, w3 = (torch.empty(experts, F, D, **meta).requires_grad_() for _ in range(2))
     w2 = torch.empty(experts, D, F, **meta).requires_grad_()
-    with record(arch) as calls:
+    with record() as calls:
         y = moe_host.moe(x, ids, weights, w1, w3, w2, backend="triton")
         y.backward(torch.empty_like(y))
     return calls
 
 
-def loss_calls(
-    arch: str, loss: str, chunk: int, D: int, V: int, dtype: torch.dtype = torch.bfloat16
-) -> list[Call]:
+def loss_calls(loss: str, chunk: int, D: int, V: int) -> list[Call]:
     """The launch of one chunk of the head loss."""
-    student = torch.empty(chunk, D, device="meta", dtype=dtype).requires_grad_()
-    head = torch.empty(V, D, device="meta", dtype=dtype)
+    student = torch.empty(chunk, D, device="meta", dtype=torch.bfloat16).requires_grad_()
+    head = torch.empty(V, D, device="meta", dtype=torch.bfloat16)
     targets = torch.empty(chunk, dtype=torch.int64, device="meta")
-    with record(arch) as calls:
+    with record() as calls:
         head_loss(
             student, torch.empty_like(student), head, loss, targets=targets, chunk=chunk, backend="triton"
         )
@@ -102,11 +85,11 @@ def operand_bytes(call: Call) -> int:
     return (tile.m + matrices * tile.n) * tile.k * size
 
 
-def compile_call(call: Call, arch: str) -> Reading:
+def compile_call(call: Call) -> Reading:
     """Compile a recorded launch as the launch itself would, down to machine code."""
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set; kernels can only be compiled without it")
-    target = GPUTarget("cuda", int(arch.removeprefix("sm")), 32)
+    target = GPUTarget("cuda", 90, 32)
     backend = make_backend(target)
     kernel = call.kernel
     options = {"num_warps": call.tile.warps, "num_stages": call.tile.stages, "debug": False}
@@ -135,7 +118,7 @@ def compile_call(call: Call, arch: str) -> Reading:
         spilled=int(found[2]),
         shared=compiled.metadata.shared,
         operands=operand_bytes(call),
-        mma=len(re.findall(MATRIX_INSTRUCTION[arch], ptx)),
+        mma=len(re.findall(r"wgmma\.mma_async", ptx)),
         tma=len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
         async_copies=len(re.findall(r"cp\.async\.c[ga]", ptx)),
     )

@@ -1,9 +1,10 @@
 """Registers, spills and shared memory of every kernel of the tile table, compiled without a GPU.
 
-    python -m benchmarks.kernels_report [--arch sm90 ...] [--jobs 2]
+    python -m benchmarks.kernels_report [--jobs 2]
 
 Compiles each launch of a forward and backward at the layer's real shape (hidden 7168, experts of 2048, 256 of
-them, 8 a token, vocabulary 129280) for the architectures of the table. The last line is a JSON object.
+them, 8 a token, vocabulary 129280) for sm_90. The last line is a JSON
+object.
 """
 
 import argparse
@@ -11,13 +12,11 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
-import torch
-
-from benchmarks.aot import SHARED_LIMIT, Reading, compile_call, loss_calls, moe_calls
+from benchmarks.aot import Reading, compile_call, loss_calls, moe_calls
 from train.kernels.launch import Call
 
 D, F, E, K, V = 7168, 2048, 256, 8, 129280
-SHAPES = {"bfloat16": {"short": 8192, "long": 32768}, "float32": {"any": 8192}}
+TOKENS = {"short": 8192, "long": 32768}
 """Tokens that fall into each shape class of the table."""
 
 
@@ -27,48 +26,41 @@ def variant(call: Call) -> str:
     return "" if transposed is None else "w2" if transposed else "w1 w3"
 
 
-def calls(arch: str) -> Iterator[tuple[str, str, Call]]:
-    """Dtype, shape class and launch of every distinct kernel of an architecture."""
+def calls() -> Iterator[tuple[str, Call]]:
+    """Shape class and launch of every distinct kernel."""
     seen = set()
-    for dtype, classes in SHAPES.items():
-        for shape, tokens in classes.items():
-            for call in moe_calls(arch, tokens, E, D, F, K, getattr(torch, dtype)):
-                # the two gather_sums and the weight gradients of w1 and w3 are one kernel each
-                key = (call.kernel.fn.__name__, call.tile, dtype, variant(call))
-                if key not in seen:
-                    seen.add(key)
-                    yield dtype, shape, call
+    for shape, tokens in TOKENS.items():
+        for call in moe_calls(tokens, E, D, F, K):
+            # the two gather_sums and the weight gradients of w1 and w3 are one kernel each
+            key = (call.kernel.fn.__name__, call.tile, variant(call))
+            if key not in seen:
+                seen.add(key)
+                yield shape, call
     for loss in ("kl", "ce", "lk_lambda"):
-        for call in loss_calls(arch, loss, 2048, D, V):
-            yield "bfloat16", loss, call
+        for call in loss_calls(loss, 2048, D, V):
+            yield loss, call
 
 
-def read(arch: str, index: int) -> Reading:
+def read(index: int) -> Reading:
     """Compile one of `calls`; by its place, for a launch does not travel between processes."""
-    return compile_call(list(calls(arch))[index][2], arch)
+    return compile_call(list(calls())[index][1])
 
 
-def report(archs: list[str], jobs: int) -> list[dict]:
+def report(jobs: int) -> list[dict]:
     """One row for each kernel."""
-    work = [
-        (arch, i, {"arch": arch, "dtype": dtype, "shape": shape, "variant": variant(call)})
-        for arch in archs
-        for i, (dtype, shape, call) in enumerate(calls(arch))
-    ]
+    names = [{"shape": shape, "variant": variant(call)} for shape, call in calls()]
     with ProcessPoolExecutor(jobs) as pool:
-        readings = list(pool.map(read, [w[0] for w in work], [w[1] for w in work]))
-    return [{**names, **reading._asdict()} for (_, _, names), reading in zip(work, readings, strict=True)]
+        readings = list(pool.map(read, range(len(names))))
+    return [{**name, **reading._asdict()} for name, reading in zip(names, readings, strict=True)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--arch", nargs="+", choices=list(SHARED_LIMIT), default=list(SHARED_LIMIT))
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
-    arguments = parser.parse_args()
-    rows = report(arguments.arch, arguments.jobs)
+    rows = report(parser.parse_args().jobs)
     columns = (
-        "arch", "dtype", "shape", "kernel", "variant", "tile", "registers", "spilled", "shared", "operands",
-        "mma", "tma", "async_copies",
+        "shape", "kernel", "variant", "tile", "registers", "spilled", "shared", "operands", "mma", "tma",
+        "async_copies",
     )  # fmt: skip
     table = [
         columns,

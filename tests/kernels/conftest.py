@@ -1,14 +1,11 @@
-"""The kernels run in Triton's interpreter here, on CPU tensors, and uninitialised memory holds NaN."""
+"""The kernels run on the GPU, or in Triton's interpreter where there is none; unwritten memory holds NaN."""
 
 import os
-import sys
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-
-KERNELS = ("train.kernels.launch", "train.kernels.moe_triton", "train.kernels.loss_triton")
 
 
 def import_interpreted() -> None:
@@ -16,21 +13,17 @@ def import_interpreted() -> None:
 
     The variable is gone afterwards: processes that other tests start must not inherit it.
     """
-    loaded = sys.modules.get("triton")
-    if loaded is not None and not loaded.knobs.runtime.interpret:
-        for name in list(sys.modules):
-            kept = name.startswith("triton._C")
-            if name in KERNELS or (name.split(".")[0] == "triton" and not kept):
-                del sys.modules[name]
     os.environ["TRITON_INTERPRET"] = "1"
     try:
         # the first launch would import gluon, too late
-        import triton.experimental.gluon  # noqa: F401
+        import triton.experimental.gluon
 
         import train.kernels.loss_triton
         import train.kernels.moe_triton  # noqa: F401
     finally:
         del os.environ["TRITON_INTERPRET"]
+    chosen = isinstance(triton.language.sum, triton.runtime.interpreter.InterpretedFunction)
+    assert chosen, "something imported triton before tests/kernels/conftest.py"
 
 
 def widen_bfloat16_dots() -> None:
@@ -52,8 +45,9 @@ def widen_bfloat16_dots() -> None:
     interpreter.InterpreterBuilder.create_dot = create_dot
 
 
-import_interpreted()
-widen_bfloat16_dots()
+if not torch.cuda.is_available():
+    import_interpreted()
+    widen_bfloat16_dots()
 
 
 def poison(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from train.loss import HeadLoss, default_chunk, head_loss
 
 LOSSES = ("kl", "ce", "lk_alpha", "lk_lambda", "tv")
 BACKENDS = ("torch", "triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def problem(
@@ -26,7 +27,9 @@ def problem(
     weights = torch.rand(tokens, generator=rng).to(torch.promote_types(dtype, torch.float32))
     weights[tokens // 2] = 0
     targets = torch.randint(vocab, (tokens,), generator=rng)
-    return student.to(dtype), teacher.to(dtype), head.to(dtype), weights, targets
+    return tuple(
+        t.to(DEVICE) for t in (student.to(dtype), teacher.to(dtype), head.to(dtype), weights, targets)
+    )
 
 
 def evaluate(student: Tensor, *rest: Any, **options: Any) -> tuple[HeadLoss, Tensor]:
@@ -110,7 +113,7 @@ def test_equal_student_and_teacher_are_at_the_optimum(backend: str, loss: str) -
     targets = (student @ head.T).argmax(-1)
     result, gradient = evaluate(student, student, head, loss, targets=targets, backend=backend)
     assert result.agree.all()
-    assert torch.allclose(result.overlap, torch.ones(5), atol=1e-5)
+    assert torch.allclose(result.overlap, torch.ones(5, device=DEVICE), atol=1e-5)
     if loss != "ce":
         assert abs(result.loss.item()) < 1e-4
         assert gradient.abs().max() < 1e-5
@@ -149,11 +152,13 @@ def test_students_that_share_a_teacher_equal_one_at_a_time(backend: str) -> None
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_agreement_takes_the_first_of_equal_logits(backend: str) -> None:
-    head = torch.zeros(300, 8)
+    head = torch.zeros(300, 8, device=DEVICE)
     head[270], head[5], head[200] = 1.0, 1.0, -1.0
-    ones = torch.ones(2, 8)
+    ones = torch.ones(2, 8, device=DEVICE)
     # two arg-maxima for the student, one of them the teacher's
-    assert head_loss(ones, ones * torch.tensor([[1.0], [-1.0]]), head, backend=backend).agree.tolist() == [
+    assert head_loss(
+        ones, ones * torch.tensor([[1.0], [-1.0]], device=DEVICE), head, backend=backend
+    ).agree.tolist() == [
         True,
         False,
     ]

@@ -12,6 +12,8 @@ from train.kernels.moe import moe, weight_gradients_once
 from train.kernels.moe_ref import moe_reference
 from train.kernels.tiles import TABLE
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ("torch", "grouped_mm", "triton")
 NAMES = ("y", "dx", "dweights", "dw1", "dw3", "dw2")
 
 
@@ -37,6 +39,12 @@ SHAPES = {
 }
 
 
+def precise(backend: str) -> tuple[torch.dtype, float]:
+    """The dtype a backend is best compared in, and the error it may have."""
+    # on a GPU the products have tiles for bfloat16 alone
+    return (torch.bfloat16, 2e-2) if backend == "triton" and DEVICE == "cuda" else (torch.float32, 1e-5)
+
+
 def problem(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """x, ids, weights, w1, w3, w2, and the gradient of y; scaled so that every tensor is of order one."""
     T, K, D, F, E, choice = shape
@@ -57,7 +65,8 @@ def problem(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return (torch.randn(*size, generator=rng) * scale).to(dtype)
 
     weights = torch.rand(T, K, generator=rng).to(wide)
-    return (normal(T, D), ids, weights, normal(E, F, D), normal(E, F, D), normal(E, D, F), normal(T, D))
+    stack = (normal(E, F, D), normal(E, F, D), normal(E, D, F))
+    return tuple(t.to(DEVICE) for t in (normal(T, D), ids, weights, *stack, normal(T, D)))
 
 
 def run(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -80,9 +89,11 @@ def error_ratio(got: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("backend", ["torch", "grouped_mm", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.usefixtures("poisoned")
 def test_moe_equals_the_loop(backend: str, name: str, dtype: torch.dtype) -> None:
+    if dtype == torch.float32 != precise(backend)[0]:
+        pytest.skip("no tiles for float32 on a GPU")
     arguments = problem(SHAPES[name], dtype)
     # bfloat16 holds 8 bits; the interpreter cuts them off where the hardware rounds
     limit = 1e-5 if dtype == torch.float32 else 2e-2
@@ -94,19 +105,6 @@ def test_moe_equals_the_loop(backend: str, name: str, dtype: torch.dtype) -> Non
     empty = torch.bincount(arguments[1].flatten(), minlength=SHAPES[name].experts) == 0
     for label, got in zip(NAMES[3:], results[3:], strict=True):
         assert not got[empty].any(), f"{label} of an expert without tokens is not zero"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.usefixtures("poisoned")
-def test_moe_without_descriptors_equals_the_loop(dtype: torch.dtype) -> None:
-    """The pointer form, which architectures without TMA and float32 use."""
-    arguments = problem(Shape(21, 2, 40, 24, 3), dtype)
-    table = TABLE["interpreter", "any", "any"]
-    with use_tiles(**{kernel: tile._replace(descriptors=False) for kernel, tile in table.items()}):
-        results = run(lambda *a: moe(*a, backend="triton"), arguments)
-    limit = 1e-5 if dtype == torch.float32 else 2e-2
-    for label, got, expected in zip(NAMES, results, exact(arguments), strict=True):
-        assert error_ratio(got, expected) < limit, label
 
 
 def test_default_backend_equals_the_loop() -> None:
@@ -139,11 +137,12 @@ def chain(function: Callable[..., Tensor], steps: int) -> Callable[..., Tensor]:
 @pytest.mark.parametrize(
     "name", ["one_token", "an_empty_expert", "all_on_one_expert", "no_size_a_multiple_of_a_tile"]
 )
-@pytest.mark.parametrize("backend", ["torch", "grouped_mm", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.usefixtures("poisoned")
 def test_one_gradient_for_several_calls_equals_the_sum_of_theirs(backend: str, name: str, steps: int) -> None:
-    *inputs, _ = problem(SHAPES[name], torch.float32)
-    arguments = (*inputs, torch.ones(1, SHAPES[name].width))
+    dtype, limit = precise(backend)
+    *inputs, _ = problem(SHAPES[name], dtype)
+    arguments = (*inputs, torch.ones(1, SHAPES[name].width, dtype=dtype, device=DEVICE))
 
     def function(*a: Tensor) -> Tensor:
         return moe(*a, backend=backend)
@@ -153,16 +152,17 @@ def test_one_gradient_for_several_calls_equals_the_sum_of_theirs(backend: str, n
     results = run(weight_gradients_once()(chain(function, steps)), arguments)
     for label, got, right in zip(NAMES, results, expected, strict=True):
         assert not got.isnan().any(), f"{label} holds unwritten memory"
-        assert error_ratio(got, right) < 1e-5, label
+        assert error_ratio(got, right) < limit, label
     empty = torch.bincount(arguments[1].flatten(), minlength=SHAPES[name].experts) == 0
     for label, got in zip(NAMES[3:], results[3:], strict=True):
         assert not got[empty].any(), f"{label} of an expert without tokens is not zero"
 
 
-@pytest.mark.parametrize("backend", ["torch", "grouped_mm", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_each_backward_counts_its_own_calls_only(backend: str) -> None:
     """Walks of one graph: to the tokens alone, from the first call alone, and the whole, twice."""
-    x, ids, weights, *stack, _ = problem(Shape(16, 2, 32, 32, 4), torch.float32)
+    dtype, limit = precise(backend)
+    x, ids, weights, *stack, _ = problem(Shape(16, 2, 32, 32, 4), dtype)
     x.requires_grad_()
     parameters = [torch.nn.Parameter(w) for w in stack]
     with weight_gradients_once():
@@ -175,13 +175,13 @@ def test_each_backward_counts_its_own_calls_only(backend: str) -> None:
         found = torch.autograd.grad(ours.square().sum(), parameters, retain_graph=True)
         expected = torch.autograd.grad(plain.square().sum(), parameters, retain_graph=True)
         for label, got, right in zip(NAMES[3:], found, expected, strict=True):
-            assert error_ratio(got, right.double()) < 1e-5, label
+            assert error_ratio(got, right.double()) < limit, label
     # added to what is there, as any gradient
     for _ in range(2):
         second.sum().backward(retain_graph=True)
     once = torch.autograd.grad(b.sum(), parameters)
     for label, p, right in zip(NAMES[3:], parameters, once, strict=True):
-        assert error_ratio(p.grad, 2 * right.double()) < 1e-5, label
+        assert error_ratio(p.grad, 2 * right.double()) < limit, label
 
 
 def test_frozen_weights_get_no_gradient_and_other_weights_one_of_their_own() -> None:
@@ -203,21 +203,23 @@ def test_frozen_weights_get_no_gradient_and_other_weights_one_of_their_own() -> 
         assert error_ratio(w.grad, right.double()) < 1e-5
 
 
-@pytest.mark.parametrize("backend", ["torch", "grouped_mm", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_only_what_is_asked_for_gets_a_gradient(backend: str) -> None:
-    arguments = problem(Shape(16, 2, 32, 32, 4), torch.float32)
+    dtype, limit = precise(backend)
+    arguments = problem(Shape(16, 2, 32, 32, 4), dtype)
     expected = dict(zip(NAMES[1:], exact(arguments)[1:], strict=True))
     for wanted in range(5):
         *inputs, dy = (t.clone() for t in arguments)
         leaf = [inputs[0], *inputs[2:]][wanted].requires_grad_()
         moe(*inputs, backend=backend).backward(dy)
-        assert error_ratio(leaf.grad, expected[NAMES[1 + wanted]]) < 1e-5
+        assert error_ratio(leaf.grad, expected[NAMES[1 + wanted]]) < limit
 
 
-@pytest.mark.parametrize("backend", ["torch", "grouped_mm", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_weights_may_be_freed_between_forward_and_backward(backend: str) -> None:
     """A partitioned parameter has no storage in between and is gathered into a new one for the backward."""
-    arguments = problem(Shape(16, 2, 32, 32, 4), torch.float32)
+    dtype, limit = precise(backend)
+    arguments = problem(Shape(16, 2, 32, 32, 4), dtype)
     x, ids, weights, *stack, dy = arguments
     parameters = [torch.nn.Parameter(w.clone()) for w in stack]
     y = moe(x, ids, weights, *parameters, backend=backend)
@@ -227,10 +229,10 @@ def test_weights_may_be_freed_between_forward_and_backward(backend: str) -> None
         p.data = w.clone()
     y.backward(dy)
     for label, p, gradient in zip(NAMES[3:], parameters, exact(arguments)[3:], strict=True):
-        assert error_ratio(p.grad, gradient) < 1e-5, label
+        assert error_ratio(p.grad, gradient) < limit, label
 
 
-@pytest.mark.parametrize("backend", ["torch", "grouped_mm", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_twice_the_same_is_bitwise_the_same(backend: str) -> None:
     arguments = problem(Shape(30, 3, 32, 32, 4), torch.bfloat16)
     first, second = (run(lambda *a: moe(*a, backend=backend), arguments) for _ in range(2))
@@ -238,13 +240,14 @@ def test_twice_the_same_is_bitwise_the_same(backend: str) -> None:
         assert torch.equal(a, b), label
 
 
-@pytest.mark.parametrize("backend", ["torch", "grouped_mm", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_tokens_and_expanded_gradients_are_taken(backend: str) -> None:
-    x, ids, weights, w1, w3, w2, _ = problem(Shape(10, 2, 32, 32, 4), torch.float32)
+    dtype, limit = precise(backend)
+    x, ids, weights, w1, w3, w2, _ = problem(Shape(10, 2, 32, 32, 4), dtype)
     strided = x.t().contiguous().t().requires_grad_()
     moe(strided, ids.int(), weights, w1, w3, w2, backend=backend).sum().backward()
     expected = exact((x, ids, weights, w1, w3, w2, torch.ones_like(x)))
-    assert error_ratio(strided.grad, expected[1]) < 1e-5
+    assert error_ratio(strided.grad, expected[1]) < limit
 
 
 def test_offsets_beyond_32_bits() -> None:
@@ -252,22 +255,17 @@ def test_offsets_beyond_32_bits() -> None:
     D, F, E = 7168, 2048, 256
     rng = torch.Generator().manual_seed(0)
     # never touched but in its last expert, so that it takes no memory
-    stack = torch.empty(E * F * D, dtype=torch.bfloat16)
+    stack = torch.empty(E * F * D, dtype=torch.bfloat16, device=DEVICE)
     w1, w2 = stack.view(E, F, D), stack.view(E, D, F)
     stack[-F * D :] = (torch.randn(F * D, generator=rng) * D**-0.5).bfloat16()
-    x = torch.randn(1, D, generator=rng).bfloat16()
-    ids, weights = torch.tensor([[E - 1]]), torch.ones(1, 1)
-    for descriptors in (True, False):
-        tiles = {
-            kernel: TABLE["interpreter", "any", "any"][kernel]._replace(
-                n=512, k=1024, descriptors=descriptors
-            )
-            for kernel in ("up_fwd", "down_fwd")
-        }
-        with use_tiles(**tiles), torch.no_grad():
-            y = moe(x, ids, weights, w1, w1, w2, backend="triton")
-        expected = moe_reference(x, torch.zeros_like(ids), weights, w1[-1:], w1[-1:], w2[-1:])
-        assert error_ratio(y, expected.double()) < 2e-2
+    x = torch.randn(1, D, generator=rng).bfloat16().to(DEVICE)
+    ids, weights = torch.tensor([[E - 1]], device=DEVICE), torch.ones(1, 1, device=DEVICE)
+    table = TABLE["interpreter", "any"]
+    large = {kernel: table[kernel]._replace(n=512, k=1024) for kernel in ("up_fwd", "down_fwd")}
+    with use_tiles(**(large if DEVICE == "cpu" else {})), torch.no_grad():
+        y = moe(x, ids, weights, w1, w1, w2, backend="triton")
+    expected = moe_reference(x, torch.zeros_like(ids), weights, w1[-1:], w1[-1:], w2[-1:])
+    assert error_ratio(y, expected.double()) < 2e-2
 
 
 ARGUMENTS = ("x", "topk_ids", "topk_weights", "w1", "w3", "w2")
@@ -292,7 +290,9 @@ ARGUMENTS = ("x", "topk_ids", "topk_weights", "w1", "w3", "w2")
     ],
 )
 def test_wrong_arguments_are_named(name: str, change: Callable[[Tensor], Tensor], said: str) -> None:
-    values = dict(zip(ARGUMENTS, problem(Shape(8, 2, 32, 24, 4), torch.float32)[:6], strict=True))
+    # ids are checked on CPU only
+    tensors = (t.cpu() for t in problem(Shape(8, 2, 32, 24, 4), torch.float32)[:6])
+    values = dict(zip(ARGUMENTS, tensors, strict=True))
     values[name] = change(values[name])
     with pytest.raises(ValueError, match="found") as error:
         moe(**values)
@@ -316,13 +316,13 @@ def test_wrong_backends_are_named() -> None:
 
 def on_meta() -> tuple[Tensor, ...]:
     """Tensors without values: whatever reads one, as only a synchronisation with a device could, fails."""
-    return tuple(t.to("meta") for t in problem(Shape(8, 2, 32, 32, 4), torch.float32))
+    return tuple(t.to("meta") for t in problem(Shape(8, 2, 32, 32, 4), torch.bfloat16))
 
 
 def test_triton_never_waits_for_the_device() -> None:
     *inputs, dy = on_meta()
     leaves = [t.requires_grad_() for t in inputs if t.is_floating_point()]
-    with record("sm90") as calls:
+    with record() as calls:
         moe(*inputs, backend="triton").backward(dy)
     assert [t.grad.shape for t in leaves] == [t.shape for t in leaves]
     names = [call.kernel.fn.__name__ for call in calls]
@@ -332,7 +332,7 @@ def test_triton_never_waits_for_the_device() -> None:
 def test_triton_multiplies_once_for_each_weight_however_many_calls() -> None:
     x, ids, weights, *stack, dy = on_meta()
     leaves = [w.requires_grad_() for w in stack]
-    with record("sm90") as calls, weight_gradients_once():
+    with record() as calls, weight_gradients_once():
         for _ in range(6):
             x = moe(x, ids, weights, *leaves, backend="triton")
         x.backward(dy)

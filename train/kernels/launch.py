@@ -19,11 +19,11 @@ from train.kernels.tiles import TABLE, Tile
 __all__ = [
     "INTERPRETED",
     "Call",
-    "architecture",
     "launch",
     "matrix",
     "record",
     "require_device",
+    "require_tiles",
     "run",
     "tile_for",
     "use_tiles",
@@ -42,20 +42,15 @@ class Call(NamedTuple):
     arguments: dict[str, Any]
 
 
-class _Recording(NamedTuple):
-    arch: str
-    calls: list[Call]
-
-
-_recording: ContextVar[_Recording | None] = ContextVar("recording", default=None)
+_recording: ContextVar[list[Call] | None] = ContextVar("recording", default=None)
 _replaced: ContextVar[Mapping[str, Tile]] = ContextVar("replaced", default=MappingProxyType({}))
 
 
 @contextlib.contextmanager
-def record(arch: str) -> Iterator[list[Call]]:
-    """Collect launches for an architecture of the table instead of making them; meta tensors will do."""
+def record() -> Iterator[list[Call]]:
+    """Collect launches as sm_90 would have them instead of making them; meta tensors will do."""
     calls: list[Call] = []
-    token = _recording.set(_Recording(arch, calls))
+    token = _recording.set(calls)
     try:
         yield calls
     finally:
@@ -72,47 +67,34 @@ def use_tiles(**tiles: Tile) -> Iterator[None]:
         _replaced.reset(token)
 
 
-def architecture(device: torch.device) -> str:
-    """Row of the table for a device."""
-    if recording := _recording.get():
-        return recording.arch
-    if INTERPRETED:
-        return "interpreter"
-    major = torch.cuda.get_device_capability(device)[0]
-    # others have the shared memory of sm_80's smaller siblings, for which its tiles are made
-    return {9: "sm90", 10: "sm100"}.get(major, "sm80")
-
-
 def require_device(device: torch.device) -> None:
     """Refuse a device no kernel can run on. Raises ValueError."""
     if device.type != "cuda" and not INTERPRETED and _recording.get() is None:
         raise ValueError(f"backend: triton needs tensors on a CUDA device, found {device}")
 
 
-def tile_for(kernel: str, device: torch.device, dtype: torch.dtype, rows_per_expert: float = 0) -> Tile:
+def require_tiles(dtype: torch.dtype) -> None:
+    """Refuse a dtype that the products have no tiles for. Raises ValueError."""
+    if dtype != torch.bfloat16 and not INTERPRETED:
+        raise ValueError(f"x: found {dtype}, expected torch.bfloat16 with backend triton on a GPU")
+
+
+def tile_for(kernel: str, rows_per_expert: float = 0) -> Tile:
     """The committed tile of a kernel.
 
     Args:
         kernel: name in the table.
-        device: where it runs.
-        dtype: of its matrix operands.
         rows_per_expert: mean number of rows; decides the shape class.
     """
     if kernel in _replaced.get():
         return _replaced.get()[kernel]
-    arch = architecture(device)
-    name = str(dtype).removeprefix("torch.")
-    shape = "short" if rows_per_expert <= 512 else "long"
-    for key in ((arch, name, shape), (arch, name, "any"), (arch, "any", "any")):
-        if kernel in TABLE.get(key, ()):
-            return TABLE[key][kernel]
-    raise KeyError(f"no tile for {kernel} on {arch} with {name}")
+    place = "interpreter" if INTERPRETED and _recording.get() is None else "sm90"
+    shape = "any" if kernel in TABLE[place, "any"] else "short" if rows_per_expert <= 512 else "long"
+    return TABLE[place, shape][kernel]
 
 
-def matrix(tensor: torch.Tensor, rows: int, columns: int, tile: Tile) -> TensorDescriptor | torch.Tensor:
+def matrix(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     """What a kernel reads a contiguous matrix through (of the last two dimensions, if three), in tiles."""
-    if not tile.descriptors:
-        return tensor
     return TensorDescriptor.from_tensor(tensor.view(-1, tensor.shape[-1]), [rows, columns])
 
 
@@ -126,7 +108,8 @@ def run(call: Call) -> None:
 
 def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
     """Run `programs` programs of a kernel."""
-    if recording := _recording.get():
-        recording.calls.append(Call(kernel, programs, tile, arguments))
-        return
-    run(Call(kernel, programs, tile, arguments))
+    call, calls = Call(kernel, programs, tile, arguments), _recording.get()
+    if calls is None:
+        run(call)
+    else:
+        calls.append(call)

@@ -1,8 +1,8 @@
 """Triton kernel of the losses: one program a row of logits, three passes over the vocabulary.
 
 Pass 1 finds log-sum-exp and arg-max of both rows, pass 2 the overlap, the loss and, for kl and ce, the
-gradient; the other losses weigh their gradient by the overlap and need pass 3. A program reads its two rows
-again while they are still in the L2 cache.
+gradient; the other losses weigh their gradient by the overlap and need pass 3. Every pass reads both rows
+from memory: those of all programs that run at a time are more than the L2 cache holds.
 
 Legend: C tokens of a chunk, V vocabulary, BV columns of a step.
 """
@@ -148,7 +148,7 @@ def loss_rows(
     """As `loss_ref.loss_rows`, in one launch."""
     require_device(s_CV.device)
     C, V = s_CV.shape
-    tile = tile_for("loss_rows", s_CV.device, s_CV.dtype)
+    tile = tile_for("loss_rows")
     launch(
         _loss_rows_kernel,
         C,

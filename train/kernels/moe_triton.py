@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from train.kernels.launch import launch, matrix, require_device, tile_for
+from train.kernels.launch import launch, matrix, require_device, require_tiles, tile_for
 from train.kernels.routing import Routing
 from train.kernels.tiles import Tile
 
@@ -41,29 +41,10 @@ def _place(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
     return first + within % size, within // size
 
 
-@triton.jit
-def _read(
-    matrix, row, column, height, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
-    """A tile of a matrix [height, WIDTH], zeros beyond its ends."""
-    if DESCRIPTORS:
-        tile = matrix.load([row, column])
-    else:
-        r = row + tl.arange(0, ROWS)
-        c = column + tl.arange(0, COLUMNS)
-        at = r.to(tl.int64)[:, None] * WIDTH + c[None, :]
-        if WIDTH % COLUMNS == 0:
-            tile = tl.load(matrix + at, mask=(r < height)[:, None], other=0.0)
-        else:
-            tile = tl.load(matrix + at, mask=(r < height)[:, None] & (c < WIDTH)[None, :], other=0.0)
-    return tile
-
-
-@triton.jit(do_not_specialize=["tiles_m", "N"])
+@triton.jit(do_not_specialize=["tiles_m"])
 def _up_fwd_kernel(
-    x, w1, w3, g, u, h, token, order, weight, tile_expert, tile_row, offsets, tiles_m, N,
-    E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    x, w1, w3, g, u, h, token, order, weight, tile_expert, tile_row, offsets, tiles_m,
+    D: tl.constexpr, F: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     tile, tile_n = _place(tl.program_id(0), tiles_m, tl.cdiv(F, BN), GROUP)
@@ -82,9 +63,9 @@ def _up_fwd_kernel(
     for k0 in range(0, D, BK):
         # a row outside reads token 0, and is not stored
         a = tl.load(a_ptr + k0) if D % BK == 0 else tl.load(a_ptr + k0, mask=k[None, :] < D - k0, other=0.0)
-        b = _read(w1, w_row, k0, E * F, D, BN, BK, DESCRIPTORS).T
+        b = w1.load([w_row, k0]).T
         acc_g = tl.dot(a, b, acc_g, input_precision="ieee")
-        b = _read(w3, w_row, k0, E * F, D, BN, BK, DESCRIPTORS).T
+        b = w3.load([w_row, k0]).T
         acc_u = tl.dot(a, b, acc_u, input_precision="ieee")
     w = tl.load(weight + tl.load(order + rows, mask=inside, other=0), mask=inside, other=0.0)
     columns = tile_n * BN + tl.arange(0, BN)
@@ -98,10 +79,10 @@ def _up_fwd_kernel(
     tl.store(h + first + at, acc.to(h.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["tiles_m", "N"])
+@triton.jit(do_not_specialize=["tiles_m"])
 def _down_fwd_kernel(
-    h, w2, y, tile_expert, tile_row, offsets, tiles_m, N,
-    E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    h, w2, y, tile_expert, tile_row, offsets, tiles_m,
+    D: tl.constexpr, F: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     tile, tile_n = _place(tl.program_id(0), tiles_m, tl.cdiv(D, BN), GROUP)
@@ -112,8 +93,8 @@ def _down_fwd_kernel(
     acc = tl.zeros((BM, BN), tl.float32)
     w_row = expert * D + tile_n * BN
     for k0 in range(0, F, BK):
-        a = _read(h, row, k0, N, F, BM, BK, DESCRIPTORS)
-        b = _read(w2, w_row, k0, E * D, F, BN, BK, DESCRIPTORS).T
+        a = h.load([row, k0])
+        b = w2.load([w_row, k0]).T
         acc = tl.dot(a, b, acc, input_precision="ieee")
     rows = row + tl.arange(0, BM)
     columns = tile_n * BN + tl.arange(0, BN)
@@ -168,8 +149,8 @@ def _swiglu_bwd(
 
 @triton.jit(do_not_specialize=["tiles_m", "N"])
 def _down_bwd_kernel(
-    dy, w2, g, u, dg, du, h, dweight, token, order, weight, tile_expert, tile_row, offsets, tiles_m, N,
-    E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    dy, w2, g, u, dg, du, h, dweight, token, order, weight, N, tile_expert, tile_row, offsets, tiles_m,
+    D: tl.constexpr, F: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     tile, tile_n = _place(tl.program_id(0), tiles_m, tl.cdiv(F, BN), GROUP)
@@ -186,7 +167,7 @@ def _down_bwd_kernel(
     for k0 in range(0, D, BK):
         # the last step of a ragged D reads on into the next expert's weight: this side must be zero there
         a = tl.load(a_ptr + k0) if D % BK == 0 else tl.load(a_ptr + k0, mask=k[None, :] < D - k0, other=0.0)
-        b = _read(w2, expert * D + k0, tile_n * BN, E * D, F, BK, BN, DESCRIPTORS)
+        b = w2.load([expert * D + k0, tile_n * BN])
         acc = tl.dot(a, b, acc, input_precision="ieee")
     w = tl.load(weight + tl.load(order + rows, mask=inside, other=0), mask=inside, other=0.0)
     first = row.to(tl.int64) * F
@@ -196,10 +177,10 @@ def _down_bwd_kernel(
     tl.store(dweight + tile_n.to(tl.int64) * N + rows, dw, mask=inside)
 
 
-@triton.jit(do_not_specialize=["tiles_m", "N"])
+@triton.jit(do_not_specialize=["tiles_m"])
 def _up_bwd_kernel(
-    dg, du, w1, w3, dx, tile_expert, tile_row, offsets, tiles_m, N,
-    E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    dg, du, w1, w3, dx, tile_expert, tile_row, offsets, tiles_m,
+    D: tl.constexpr, F: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     tile, tile_n = _place(tl.program_id(0), tiles_m, tl.cdiv(D, BN), GROUP)
@@ -210,12 +191,12 @@ def _up_bwd_kernel(
     acc = tl.zeros((BM, BN), tl.float32)
     # columns of dg and du beyond F come as zeros, so that the next expert's rows of a ragged F count nothing
     for k0 in range(0, F, BK):
-        a = _read(dg, row, k0, N, F, BM, BK, DESCRIPTORS)
-        b = _read(w1, expert * F + k0, tile_n * BN, E * F, D, BK, BN, DESCRIPTORS)
+        a = dg.load([row, k0])
+        b = w1.load([expert * F + k0, tile_n * BN])
         acc = tl.dot(a, b, acc, input_precision="ieee")
     for k0 in range(0, F, BK):
-        a = _read(du, row, k0, N, F, BM, BK, DESCRIPTORS)
-        b = _read(w3, expert * F + k0, tile_n * BN, E * F, D, BK, BN, DESCRIPTORS)
+        a = du.load([row, k0])
+        b = w3.load([expert * F + k0, tile_n * BN])
         acc = tl.dot(a, b, acc, input_precision="ieee")
     rows = row + tl.arange(0, BM)
     columns = tile_n * BN + tl.arange(0, BN)
@@ -227,7 +208,7 @@ def _up_bwd_kernel(
 @triton.jit
 def _weight_grad_kernel(
     dense, gathered, dw, token, offsets,
-    D: tl.constexpr, F: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    D: tl.constexpr, F: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
@@ -249,12 +230,9 @@ def _weight_grad_kernel(
     for row in range(start, end, BK):
         mask = (row + k < end)[:, None]
         b = tl.load(gathered + source[:, None] * D + columns[None, :], mask=mask & inside, other=0.0)
-        if DESCRIPTORS:
-            a = dense.load([row, tile_m * BM]).T
-        else:
-            # read the other way round: a transposition would stop Ampere's loads from being pipelined
-            at = (row + k).to(tl.int64)[None, :] * F + rows[:, None]
-            a = tl.load(dense + at, mask=(rows < F)[:, None] & (row + k < end)[None, :], other=0.0)
+        # rows beyond the end are the next expert's, times zero; an infinite one of them shows here too, but
+        # then the norm of all gradients is infinite anyway, and a mask would take the tile through registers
+        a = dense.load([row, tile_m * BM]).T
         following = row + BK + k
         source = tl.load(token + following, mask=following < end, other=0).to(tl.int64)
         acc = tl.dot(a, b, acc, input_precision="ieee")
@@ -289,7 +267,7 @@ def gather_sum(rows_ND: Tensor, inverse_N: Tensor, topk: int) -> Tensor:
     """Sum of the K rows of each token, [T, D], in float32 and in the order of the slots."""
     N, D = rows_ND.shape
     y = rows_ND.new_empty(N // topk, D)
-    tile = tile_for("gather_sum", rows_ND.device, torch.bfloat16)
+    tile = tile_for("gather_sum")
     programs = N // topk * triton.cdiv(D, tile.n)
     launch(_gather_sum_kernel, programs, tile, rows=rows_ND, inverse=inverse_N, y=y, D=D, K=topk, BN=tile.n)
     return y
@@ -299,9 +277,8 @@ def launch_tiles(
     kernel: Any, tile: Tile, columns: int, routing: Routing, shape_EFD: torch.Size, **operands: Any
 ) -> None:
     """Run a kernel over the row tiles of all experts times the column tiles of its `columns` wide result."""
-    E, F, D = shape_EFD
-    N = len(routing.order)
-    experts, rows = row_tiles(routing.offsets, N, tile.m)
+    _, F, D = shape_EFD
+    experts, rows = row_tiles(routing.offsets, len(routing.order), tile.m)
     launch(
         kernel,
         len(experts) * triton.cdiv(columns, tile.n),
@@ -311,8 +288,6 @@ def launch_tiles(
         tile_row=rows,
         offsets=routing.offsets,
         tiles_m=len(experts),
-        N=N,
-        E=E,
         D=D,
         F=F,
         **tile.constants,
@@ -324,13 +299,14 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [T, D], and gate and up products [N, F] for the backward."""
     require_device(x.device)
+    require_tiles(x.dtype)
     (E, F, D), (T, K) = w1.shape, topk_weights.shape
     N = T * K
     g, u, h = (x.new_empty(N, F) for _ in range(3))
     if not N:
         return torch.zeros_like(x), g, u
     token, order = routing.token.int(), routing.order.int()
-    tile = tile_for("up_fwd", x.device, x.dtype, N / E)
+    tile = tile_for("up_fwd", N / E)
     launch_tiles(
         _up_fwd_kernel,
         tile,
@@ -338,8 +314,8 @@ def forward(
         routing,
         w1.shape,
         x=x,
-        w1=matrix(w1, tile.n, tile.k, tile),
-        w3=matrix(w3, tile.n, tile.k, tile),
+        w1=matrix(w1, tile.n, tile.k),
+        w3=matrix(w3, tile.n, tile.k),
         g=g,
         u=u,
         h=h,
@@ -348,15 +324,15 @@ def forward(
         weight=topk_weights.contiguous(),
     )
     y_ND = x.new_empty(N, D)
-    tile = tile_for("down_fwd", x.device, x.dtype, N / E)
+    tile = tile_for("down_fwd", N / E)
     launch_tiles(
         _down_fwd_kernel,
         tile,
         D,
         routing,
         w1.shape,
-        h=matrix(h, tile.m, tile.k, tile),
-        w2=matrix(w2, tile.n, tile.k, tile),
+        h=matrix(h, tile.m, tile.k),
+        w2=matrix(w2, tile.n, tile.k),
         y=y_ND,
     )
     return gather_sum(y_ND, routing.inverse, K), g, u
@@ -382,7 +358,7 @@ def backward(
     dg, du, h = (torch.empty_like(g) for _ in range(3))
     if not N:
         return torch.zeros_like(x), torch.zeros_like(topk_weights), dg, du, h
-    tile = tile_for("down_bwd", x.device, x.dtype, N / E)
+    tile = tile_for("down_bwd", N / E)
     # one partial sum for each column tile, added up in a fixed order
     partial = torch.empty(triton.cdiv(F, tile.n), N, dtype=torch.float32, device=x.device)
     launch_tiles(
@@ -392,7 +368,7 @@ def backward(
         routing,
         w1.shape,
         dy=dy,
-        w2=matrix(w2, tile.k, tile.n, tile),
+        w2=matrix(w2, tile.k, tile.n),
         g=g,
         u=u,
         dg=dg,
@@ -402,23 +378,24 @@ def backward(
         token=routing.token.int(),
         order=routing.order.int(),
         weight=topk_weights.contiguous(),
+        N=N,
         PART=tile.part,
     )
     dweights = partial.sum(0).index_select(0, routing.inverse).view(T, K) if need_weights else None
     dx = None
     if need_x:
         dx_ND = x.new_empty(N, D)
-        tile = tile_for("up_bwd", x.device, x.dtype, N / E)
+        tile = tile_for("up_bwd", N / E)
         launch_tiles(
             _up_bwd_kernel,
             tile,
             D,
             routing,
             w1.shape,
-            dg=matrix(dg, tile.m, tile.k, tile),
-            du=matrix(du, tile.m, tile.k, tile),
-            w1=matrix(w1, tile.k, tile.n, tile),
-            w3=matrix(w3, tile.k, tile.n, tile),
+            dg=matrix(dg, tile.m, tile.k),
+            du=matrix(du, tile.m, tile.k),
+            w1=matrix(w1, tile.k, tile.n),
+            w3=matrix(w3, tile.k, tile.n),
             dx=dx_ND,
         )
         dx = gather_sum(dx_ND, routing.inverse, K)
@@ -432,12 +409,12 @@ def weight_grad(dense: Tensor, gathered: Tensor, routing: Routing, transposed: b
     if not N:
         return dense.new_zeros(shape)
     dw = dense.new_empty(shape)
-    tile = tile_for("weight_grad", dense.device, dense.dtype, N / E)
+    tile = tile_for("weight_grad", N / E)
     launch(
         _weight_grad_kernel,
         E * triton.cdiv(F, tile.m) * triton.cdiv(D, tile.n),
         tile,
-        dense=matrix(dense, tile.k, tile.m, tile),
+        dense=matrix(dense, tile.k, tile.m),
         gathered=gathered,
         dw=dw,
         token=routing.token.int(),

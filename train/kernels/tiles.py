@@ -1,10 +1,9 @@
-"""Tile sizes of the Triton kernels by architecture, dtype and shape class.
+"""Tile sizes of the Triton kernels by place and shape class.
 
-`python -m benchmarks.tune` measures on a GPU and rewrites the entries of its architecture in this file. No
-kernel is tuned at run time.
+`python -m benchmarks.tune` measures on a GPU and rewrites the entries of `sm90` in this file. No kernel is
+tuned at run time. The products have tiles for bfloat16 on sm_90 alone; elsewhere `moe` takes another backend.
 
-Shape classes: `short`, at most 512 rows an expert on average, `long`, more. `sm80` also serves every
-architecture not named here, and keeps below 99 KiB of shared memory for that.
+Shape classes: `short`, at most 512 rows an expert on average, `long`, more.
 """
 
 from typing import NamedTuple
@@ -27,14 +26,11 @@ class Tile(NamedTuple):
     stages: int
     part: int = 0
     """Columns that the epilogue of down_bwd works on at a time; more need more registers."""
-    descriptors: bool = True
-    """Whether matrices are read through tensor descriptors: TMA, where the hardware has it."""
 
     @property
     def constants(self) -> dict[str, int]:
         """Compile-time arguments that every kernel over matrices takes."""
         return {
-            "DESCRIPTORS": self.descriptors,
             "BM": self.m,
             "BN": self.n,
             "BK": self.k,
@@ -42,8 +38,8 @@ class Tile(NamedTuple):
         }
 
 
-TABLE: dict[tuple[str, str, str], dict[str, Tile]] = {
-    ("interpreter", "any", "any"): {
+TABLE: dict[tuple[str, str], dict[str, Tile]] = {
+    ("interpreter", "any"): {
         "up_fwd": Tile(16, 32, 32, 2, 4, 1),
         "down_fwd": Tile(16, 32, 32, 2, 4, 1),
         "down_bwd": Tile(16, 32, 32, 2, 4, 1, 16),
@@ -52,68 +48,18 @@ TABLE: dict[tuple[str, str, str], dict[str, Tile]] = {
         "gather_sum": Tile(1, 32, 1, 1, 4, 1),
         "loss_rows": Tile(1, 256, 1, 1, 4, 1),
     },
-    ("sm80", "any", "any"): {
+    ("sm90", "any"): {
         "gather_sum": Tile(1, 1024, 1, 1, 4, 1),
         "loss_rows": Tile(1, 4096, 1, 1, 8, 1),
     },
-    ("sm80", "float32", "any"): {
-        "up_fwd": Tile(64, 32, 32, 8, 4, 3, 0, False),
-        "down_fwd": Tile(64, 64, 32, 8, 4, 3, 0, False),
-        "down_bwd": Tile(64, 64, 32, 8, 4, 3, 16, False),
-        "up_bwd": Tile(64, 64, 32, 8, 4, 3, 0, False),
-        "weight_grad": Tile(64, 64, 32, 8, 4, 3, 0, False),
-    },
-    ("sm80", "bfloat16", "any"): {
-        "up_fwd": Tile(128, 64, 32, 8, 8, 4, 0, False),
-        "down_fwd": Tile(128, 128, 32, 8, 8, 4, 0, False),
-        "down_bwd": Tile(128, 128, 32, 8, 8, 4, 16, False),
-        "up_bwd": Tile(128, 128, 32, 8, 8, 4, 0, False),
-        "weight_grad": Tile(128, 128, 32, 8, 8, 4, 0, False),
-    },
-    ("sm90", "any", "any"): {
-        "gather_sum": Tile(1, 1024, 1, 1, 4, 1),
-        "loss_rows": Tile(1, 4096, 1, 1, 8, 1),
-    },
-    ("sm90", "float32", "any"): {
-        "up_fwd": Tile(64, 32, 32, 8, 4, 3, 0, False),
-        "down_fwd": Tile(64, 64, 32, 8, 4, 3, 0, False),
-        "down_bwd": Tile(64, 64, 32, 8, 4, 3, 16, False),
-        "up_bwd": Tile(64, 64, 32, 8, 4, 3, 0, False),
-        "weight_grad": Tile(64, 64, 32, 8, 4, 3, 0, False),
-    },
-    ("sm90", "bfloat16", "short"): {
+    ("sm90", "short"): {
         "up_fwd": Tile(128, 128, 64, 8, 8, 4),
         "down_fwd": Tile(128, 256, 64, 8, 8, 4),
         "down_bwd": Tile(128, 256, 64, 8, 8, 4, 16),
         "up_bwd": Tile(128, 256, 64, 8, 8, 4),
         "weight_grad": Tile(128, 128, 64, 8, 4, 3),
     },
-    ("sm90", "bfloat16", "long"): {
-        "up_fwd": Tile(128, 128, 64, 8, 8, 4),
-        "down_fwd": Tile(128, 256, 64, 8, 8, 4),
-        "down_bwd": Tile(128, 256, 64, 8, 8, 4, 16),
-        "up_bwd": Tile(128, 256, 64, 8, 8, 4),
-        "weight_grad": Tile(128, 256, 64, 8, 8, 4),
-    },
-    ("sm100", "any", "any"): {
-        "gather_sum": Tile(1, 1024, 1, 1, 4, 1),
-        "loss_rows": Tile(1, 4096, 1, 1, 8, 1),
-    },
-    ("sm100", "float32", "any"): {
-        "up_fwd": Tile(64, 32, 32, 8, 4, 3, 0, False),
-        "down_fwd": Tile(64, 64, 32, 8, 4, 3, 0, False),
-        "down_bwd": Tile(64, 64, 32, 8, 4, 3, 16, False),
-        "up_bwd": Tile(64, 64, 32, 8, 4, 3, 0, False),
-        "weight_grad": Tile(64, 64, 32, 8, 4, 3, 0, False),
-    },
-    ("sm100", "bfloat16", "short"): {
-        "up_fwd": Tile(128, 128, 64, 8, 8, 4),
-        "down_fwd": Tile(128, 256, 64, 8, 8, 4),
-        "down_bwd": Tile(128, 256, 64, 8, 8, 4, 16),
-        "up_bwd": Tile(128, 256, 64, 8, 8, 4),
-        "weight_grad": Tile(128, 128, 64, 8, 8, 3),
-    },
-    ("sm100", "bfloat16", "long"): {
+    ("sm90", "long"): {
         "up_fwd": Tile(128, 128, 64, 8, 8, 4),
         "down_fwd": Tile(128, 256, 64, 8, 8, 4),
         "down_bwd": Tile(128, 256, 64, 8, 8, 4, 16),
