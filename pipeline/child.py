@@ -1,4 +1,4 @@
-"""What the process of an engine does first."""
+"""The first steps of an engine's process."""
 
 import multiprocessing
 import os
@@ -18,7 +18,7 @@ def enter(log: str, *, append: bool = False) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if append else os.O_TRUNC))
     os.dup2(output, 1)
     os.dup2(output, 2)
-    # an interrupt from the terminal reaches the whole group; who started us decides
+    # an interrupt from the terminal reaches the whole group; the parent decides what to do
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()

@@ -138,9 +138,8 @@ def run(files: Sequence[str], overrides: Sequence[str], *, dry_run: bool = False
             )
         log("demo", "then train, evaluate, export and verify from what the dump wrote")
         return 0
-    assert config.target.path is not None
     places = {
-        "target": config.target.path,
+        "target": config.require_target(),
         "dump": Path(config.store_path),
         "train": run_dir.directory(folder),
         "evaluate": run_dir.evaluation(folder, "best"),
@@ -161,7 +160,7 @@ def run(files: Sequence[str], overrides: Sequence[str], *, dry_run: bool = False
             size = _size_bytes(place) if place.is_dir() else place.stat().st_size if place.exists() else 0
             stages[verb] = {"seconds": round(time.monotonic() - began, 1), "bytes": size}
     earlier = _earlier(folder / run_dir.SUMMARY)
-    # a stage that found its work done costs what it cost when it was done
+    # a stage that found its work done keeps the time it took to do it
     for verb, cost in stages.items():
         cost["seconds"] = max(cost["seconds"], earlier.get("stages", {}).get(verb, {}).get("seconds", 0))
     served = results["verify"]

@@ -121,7 +121,7 @@ def _check(record: Any, answers: str) -> tuple[tuple[dict[str, str], ...], bool]
     """Messages of one parsed line, without the answer the target will write, and whether that one reasons.
 
     Raises:
-        ValueError: it is no conversation; the message says what was expected.
+        ValueError: it is not a conversation; the message says what was expected.
     """
     if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
         raise ValueError('expected an object with a list "messages"')
@@ -142,7 +142,7 @@ def _check(record: Any, answers: str) -> tuple[tuple[dict[str, str], ...], bool]
             content.encode()
         except UnicodeEncodeError:
             raise ValueError(
-                f"message {i} ({role}) holds half of a surrogate pair, which is no text"
+                f"message {i} ({role}) holds half of a surrogate pair, which is not text"
             ) from None
         messages.append({"role": role, "content": content})
     first = 1 if messages[0]["role"] == "system" else 0
@@ -157,7 +157,7 @@ def _check(record: Any, answers: str) -> tuple[tuple[dict[str, str], ...], bool]
     if answers == "target" and answered:
         messages.pop()
     elif answers == "given" and not answered:
-        raise ValueError('the last message is no answer, and prompts.answers is "given"')
+        raise ValueError('the last message is not an answer, and prompts.answers is "given"')
     if not any(m["role"] == "user" for m in messages):
         raise ValueError("there is no message from user")
     return tuple(messages), thinking
@@ -426,7 +426,7 @@ def _load(config: PromptsConfig, target: Path, seed: int, _state: tuple[int, int
             renderer.check(item.messages)
             text = renderer.text(item.messages, item.thinking, config.answers == "target")
         except Exception as error:
-            # a template may refuse a conversation in any way it likes
+            # a template may raise anything
             rejects.append(Reject(str(config.path), item.line, item.name, str(error) or type(error).__name__))
             continue
         seen.add(content)

@@ -117,7 +117,7 @@ def _check(
     refuse_name(draft.directory)
     if problems := check(draft.directory, target.directory)["vllm"]:
         raise InputError(
-            f"{draft.directory} is no vLLM draft for {target.directory}: {problems[0]}",
+            f"{draft.directory} is not a vLLM draft for {target.directory}: {problems[0]}",
             "export it again for this target, layout nextn, quantisation auto",
         )
     _compare_targets(target, draft)

@@ -30,7 +30,7 @@ def make_view(target_dir: Path | str, out_dir: Path | str) -> Path:
         `out_dir`; `target_dir` itself where it is a V3 checkpoint already.
 
     Raises:
-        InputError: `target_dir` is no checkpoint.
+        InputError: `target_dir` is not a checkpoint.
     """
     source = Checkpoint(target_dir)
     out = Path(out_dir).absolute()

@@ -231,7 +231,7 @@ def test_verify_refuses_what_cannot_be_served(verified, tiny_checkpoint, tmp_pat
     _, config = verified
     target, draft, prompts = config.target.path, config.export_dir, [[5, 6, 7]]
     nextn.export(draft, target, tmp_path / "legacy", layout="sglang-legacy")
-    with pytest.raises(InputError, match="no vLLM draft"):
+    with pytest.raises(InputError, match="is not a vLLM draft"):
         verify(target, tmp_path / "legacy", prompts)
     shutil.copytree(draft, tmp_path / "eagle3/nextn")
     with pytest.raises(ConfigError, match="eagle"):
