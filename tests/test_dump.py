@@ -1,9 +1,7 @@
 """Stage one as a whole: what it announces, what it refuses, and that killing it changes nothing."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -254,54 +252,70 @@ def content(store) -> dict[int, tuple]:
     }
 
 
+def finish(config: RunConfig, run_dir: Path) -> dict:
+    """Run a dump to its end; the result it prints."""
+    done = subprocess.run(command(config, run_dir), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def start(config: RunConfig, run_dir: Path, parts: int) -> subprocess.Popen[str]:
+    """Start a dump and return once so many parts are committed."""
+    process = subprocess.Popen(
+        command(config, run_dir), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    while len(parts_of(run_dir)) < parts:
+        assert process.poll() is None, (run_dir / "engine.1-of-1.log").read_text()[-3000:]
+        time.sleep(0.005)
+    return process
+
+
+def assert_answers_follow_their_prompts(store, config: RunConfig) -> None:
+    """Every document is the prompt, and an answer that is at most as long as it may be."""
+    asked = {d.uid: d for d in prompts_of(config).documents}
+    assert set(asked) == set(content(store))
+    for document in (store[i] for i in range(len(store))):
+        prompt = asked[document.uid]
+        first, length = len(prompt.input_ids), len(document.input_ids)
+        assert document.input_ids[:first].tolist() == prompt.input_ids.tolist()
+        assert 0 < length - first <= 32
+        assert document.loss_mask.tolist() == [j >= first for j in range(length)]
+        assert document.held_out == prompt.held_out
+        assert len(document.hidden) == length
+
+
 @pytest.mark.engine
 def test_killed_and_started_again_it_gives_the_store_of_an_undisturbed_run(config, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     with open(config.prompts.path, "a") as file:
         file.write('{"messages": [\n')
-    done = subprocess.run(command(config, whole), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    summary = json.loads(done.stdout)
+    summary = finish(config, whole)
     assert (summary["documents"], summary["rejects"], summary["resumed"]) == (COUNT, 1, 0)
     assert [json.loads(x)["line"] for x in (whole / "rejects.jsonl").read_text().splitlines()] == [COUNT + 1]
 
-    with subprocess.Popen(
-        command(config, killed), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    ) as process:
-        while len(parts_of(killed)) < 3:
-            assert process.poll() is None, (killed / "engine.1-of-1.log").read_text()[-3000:]
-            time.sleep(0.005)
+    with start(config, killed, parts=3) as process:
         engines = psutil.Process(process.pid).children(recursive=True)
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
     _, alive = psutil.wait_procs(engines, timeout=30)
     assert not alive, "the engine outlives the process that started it"
     before = parts_of(killed)
     assert 3 <= len(before) < COUNT // BLOCK
     # what a kill in the middle of writing leaves behind
-    (left,) = [sorted(before)[0]]
     other = next(n for n in parts_of(whole) if n not in before)
     (killed / "store" / "parts" / f"{other}.deadbeef" / "hidden").mkdir(parents=True)
 
     # this time only the engine dies: a new one takes over the block
-    with subprocess.Popen(
-        command(config, killed), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        while len(parts_of(killed)) == len(before):
-            assert process.poll() is None, (killed / "engine.1-of-1.log").read_text()[-3000:]
-            time.sleep(0.005)
-        (engine,) = (
-            p for p in psutil.Process(process.pid).children() if any("spawn_main" in w for w in p.cmdline())
-        )
+    with start(config, killed, parts=len(before) + 1) as process:
+        children = psutil.Process(process.pid).children()
+        (engine,) = (p for p in children if any("spawn_main" in word for word in p.cmdline()))
         engine.kill()
         out, err = process.communicate()
     assert process.returncode == 0, err[-3000:]
     assert f"{len(before)} of {COUNT // BLOCK} blocks are committed already" in err
     assert "failed and is tried again: the engine ended (exit code -9)" in " ".join(err.split())
-    again = json.loads(out)
+    again, after = json.loads(out), parts_of(killed)
     assert again["resumed"] == len(before)
-    after = parts_of(killed)
     assert {name: after[name] for name in before} == before
-    assert left in after
     assert sorted(after) == sorted(p.name for p in (killed / "store" / "parts").iterdir())
     assert sorted(after) == sorted(parts_of(whole))
 
@@ -309,26 +323,12 @@ def test_killed_and_started_again_it_gives_the_store_of_an_undisturbed_run(confi
     assert a.verify() == b.verify() == []
     assert a.contract == b.contract
     assert content(a) == content(b)
-    assert {k: summary[k] for k in ("documents", "tokens", "loss_tokens", "bytes")} == {
-        k: again[k] for k in ("documents", "tokens", "loss_tokens", "bytes")
-    }
+    for figure in ("documents", "tokens", "loss_tokens", "bytes"):
+        assert summary[figure] == again[figure]
+    assert_answers_follow_their_prompts(a, config)
 
     # nothing left to do: no engine, the same store
     log = (killed / "engine.1-of-1.log").stat().st_size
-    done = subprocess.run(command(config, killed), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout)["captured"] == 0
-    assert json.loads(done.stdout)["manifest"] == again["manifest"]
+    third = finish(config, killed)
+    assert (third["captured"], third["manifest"]) == (0, again["manifest"])
     assert (killed / "engine.1-of-1.log").stat().st_size == log
-
-    # every document is the prompt, and an answer that is at most as long as it may be
-    asked = {d.uid: d for d in prompts_of(config).documents}
-    assert set(asked) == set(content(a))
-    for i in range(len(a)):
-        document, prompt = a[i], asked[a[i].uid]
-        start = len(prompt.input_ids)
-        assert document.input_ids[:start].tolist() == prompt.input_ids.tolist()
-        assert 0 < len(document.input_ids) - start <= 32
-        assert document.loss_mask.tolist() == [j >= start for j in range(len(document.input_ids))]
-        assert document.held_out == prompt.held_out
-        assert len(document.hidden) == len(document.input_ids)
