@@ -146,20 +146,14 @@ def _batches(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return out
 
 
-class _Documents(NamedTuple):
-    input_ids: Tensor
-    loss_mask: Tensor
-    cu_seqlens: Tensor
-    hidden: Tensor
-
-
-def _read(store: FeatureStore, documents: np.ndarray) -> _Documents:
+def _read(store: FeatureStore, documents: np.ndarray) -> Packed:
+    """The documents as stored, for `pack`: hidden [T, states, D]."""
     read = [store[int(i)] for i in documents]
     if not read:
         empty = torch.zeros(0, dtype=torch.int64)
-        return _Documents(empty, empty.bool(), empty.int(), torch.zeros(0, store.states, store.hidden_size))
+        return Packed(empty, empty.bool(), empty.int(), torch.zeros(0, store.states, store.hidden_size))
     lengths = torch.tensor([0, *(len(d.input_ids) for d in read)], dtype=torch.int32)
-    return _Documents(
+    return Packed(
         torch.cat([d.input_ids for d in read]),
         torch.cat([d.loss_mask for d in read]),
         lengths.cumsum(0).int(),
@@ -194,13 +188,8 @@ def measure(
         add_up: sums a tensor over the ranks; needed with more than one.
         progress: called with the number of documents done.
     """
-    plans = [
-        [
-            documents[r::world_size][run]
-            for run in _batches(store.length[documents[r::world_size]], tokens_per_batch)
-        ]
-        for r in range(world_size)
-    ]
+    slices = [documents[r::world_size] for r in range(world_size)]
+    plans = [[mine[b] for b in _batches(store.length[mine], tokens_per_batch)] for mine in slices]
     # every rank makes as many passes as the busiest one
     passes = max(len(p) for p in plans)
     counts = Tally.zeros(num_steps)
@@ -212,12 +201,7 @@ def measure(
             scored = batch.scored(num_steps)
             found = forward(batch, scored, scored.valid.float())
             if len(mine):
-                counts = Tally(
-                    *(
-                        x + y
-                        for x, y in zip(counts, tally(found.agree, found.overlap, scored, batch), strict=True)
-                    )
-                )
+                counts = Tally(*map(np.add, counts, tally(found.agree, found.overlap, scored, batch)))
                 if progress is not None:
                     progress(len(mine))
     if add_up is not None:

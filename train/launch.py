@@ -54,17 +54,13 @@ def run(config: RunConfig) -> dict[str, Any] | None:
         except Stopped as stopped:
             signal.raise_signal(stopped.number)
             raise
-    return _run_ranks(config)
-
-
-def _run_ranks(config: RunConfig) -> dict[str, Any]:
-    ranks = config.train.ranks
     hint = "wait for it, or choose another run.dir"
     with hold(run_dir.verb_lock(config.run.dir, "launch"), "another training", hint):
-        return _run_all(config, ranks, config.run.dir / run_dir.RANKS)
+        return _run_ranks(config, config.run.dir / run_dir.RANKS)
 
 
-def _run_all(config: RunConfig, ranks: int, folder: Path) -> dict[str, Any]:
+def _run_ranks(config: RunConfig, folder: Path) -> dict[str, Any]:
+    ranks = config.train.ranks
     folder.mkdir(exist_ok=True)
     for old in folder.iterdir():
         old.unlink()

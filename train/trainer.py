@@ -36,6 +36,9 @@ from train.unroll import Scored
 
 __all__ = ["Stopped", "learning_rate", "train"]
 
+# signals that end a run after a save
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
 
 class Stopped(BaseException):
     """Training was asked to end by a signal and has saved a checkpoint; carries the signal's number."""
@@ -55,7 +58,7 @@ def _signals() -> Iterator[list[int]]:
         for n in handlers:
             signal.signal(n, signal.SIG_DFL)
 
-    handlers = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {n: signal.signal(n, note) for n in STOPS}
     try:
         yield caught
     finally:
@@ -187,15 +190,8 @@ def _open(config: RunConfig, rank: int, world: int) -> _Run:
     if first:
         checkpoint.clean(config.run.dir)
     saved = checkpoint.newest(config.run.dir)
-    loader = Loader(
-        store,
-        settings.tokens_per_rank,
-        rank,
-        world,
-        config.run.seed,
-        threads=settings.loader_threads,
-        pin=torch.cuda.is_available(),
-    )
+    threads, pin = settings.loader_threads, torch.cuda.is_available()
+    loader = Loader(store, settings.tokens_per_rank, rank, world, config.run.seed, threads=threads, pin=pin)
     if saved is not None:
         agreed, what = _contracts(config, store), f"checkpoint {saved.path} and this run"
         held = {key: saved.meta.get(key) for key in agreed}
@@ -266,15 +262,10 @@ def _agree(batches: list[Packed], scored: list[Scored], caught: list[int]) -> tu
         signal by which one of them was asked to stop, or 0.
     """
     counts_S = torch.stack([s.valid.sum(1) for s in scored]).sum(0)
-    mine = [
-        sum(len(b.input_ids) for b in batches),
-        int(signal.SIGINT in caught),
-        int(signal.SIGTERM in caught),
-    ]
-    agreed = zero.reduce(torch.cat([counts_S, counts_S.new_tensor(mine)]))
-    tokens, interrupted, terminated = agreed[-3:].tolist()
-    stop = signal.SIGINT if interrupted else signal.SIGTERM if terminated else 0
-    return agreed[:-3], tokens, stop
+    tokens, asked = sum(len(b.input_ids) for b in batches), [n in caught for n in STOPS]
+    agreed = zero.reduce(torch.cat([counts_S, counts_S.new_tensor([tokens, *map(int, asked)])]))
+    tokens, *asked = agreed[-3:].tolist()
+    return agreed[:-3], tokens, next((n for n, ranks in zip(STOPS, asked, strict=True) if ranks), 0)
 
 
 def _step(run: _Run, batches: list[Packed], scored: list[Scored], counts_S: Tensor) -> dict[str, float]:
