@@ -125,7 +125,7 @@ def _metadata(
             if not versions:
                 raise StoreNotFoundError(
                     f"{objects.url} is not a feature store: it has no zarr.json",
-                    "`layer61 dump` makes a store",
+                    "check the path; `layer61 dump` makes a store",
                 )
             report.problems.append(Problem("", "zarr.json", "is missing"))
     except StoreVersionError:
@@ -337,8 +337,10 @@ def render_report(report: Report) -> RenderableType:
     for problem in report.problems:
         table.add_row(problem.part or "-", problem.object, problem.text)
     if report.published:
-        names = ", ".join(report.quarantined) or "none"
-        foot = f"quarantined: {names}; published manifest {report.published} without them"
+        foot = f"published manifest {report.published}"
+        if report.quarantined:
+            names = ", ".join(report.quarantined)
+            foot += f" without {names}, now in quarantine/; `layer61 dump` writes those documents again"
     else:
         foot = "hint: --repair takes the bad parts out and publishes a manifest without them"
-    return Group(Text(f"{head}: {len(report.problems)} problems"), table, Text(foot))
+    return Group(Text(f"{head}; problems found: {len(report.problems)}"), table, Text(foot))

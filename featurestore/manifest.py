@@ -58,7 +58,8 @@ def require_root(objects: Objects) -> dict[str, Any]:
     root = read_root(objects)
     if root is None:
         raise StoreNotFoundError(
-            f"{objects.url} is not a feature store: it has no zarr.json", "`layer61 dump` makes a store"
+            f"{objects.url} is not a feature store: it has no zarr.json",
+            "check the path; `layer61 dump` makes a store",
         )
     return root
 

@@ -114,7 +114,7 @@ def render_info(found: dict[str, Any]) -> RenderableType:
     table = Table(box=None, show_header=False)
     table.add_row("store", found["url"])
     table.add_row("manifest", f"{found['version']}, {found['created']}")
-    table.add_row("parts", f"{totals['parts']:,} ({_pairs(found['compression'])})")
+    table.add_row("parts", f"{totals['parts']:,}, compression {_pairs(found['compression'])}")
     table.add_row(
         "documents", f"{totals['documents']:,}, {found['held_out']['documents']:,} of them held out"
     )
@@ -148,7 +148,7 @@ def render_info(found: dict[str, Any]) -> RenderableType:
 
 
 def _pairs(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "none"
+    return ", ".join(f"{name} in {count:,}" for name, count in counts.items()) or "none"
 
 
 def _texts(ids: list[int], tokenizer: Tokenizer) -> list[str]:
