@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipeline.tiny.target import random_checkpoint
+from pipeline.tiny.write import random_checkpoint
 from tests.reference import Reference
 from train.model import load_layer
 from train.unroll import select, unroll
