@@ -28,6 +28,7 @@ __all__ = [
     "Rename",
     "Stack",
     "account",
+    "eagle3_keymap",
     "is_quantized",
     "keymap",
     "layer_shapes",
@@ -174,6 +175,45 @@ def layer_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     shapes["shared_head.norm.weight"] = (D,)
     shapes["shared_head.head.weight"] = (V, D)
     return shapes
+
+
+def eagle3_keymap(config: Mapping[str, Any]) -> tuple[Op, ...]:
+    """Every op between an EAGLE-3 directory and the module, in the module's order: all of them rename.
+
+    Args:
+        config: the draft's own config.json (`export.eagle3.draft_config`).
+    """
+    D, F, H = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    Q, L, R = config["q_lora_rank"], config["kv_lora_rank"], config["qk_rope_head_dim"]
+    P, C = config["qk_nope_head_dim"], config["v_head_dim"]
+    K = len(config["eagle_aux_hidden_state_layer_ids"])
+    block = {
+        "input_layernorm.weight": (D,),
+        "hidden_norm.weight": (D,),
+        "self_attn.q_a_proj.weight": (Q, 2 * D),
+        "self_attn.q_a_layernorm.weight": (Q,),
+        "self_attn.q_b_proj.weight": (H * (P + R), Q),
+        "self_attn.kv_a_proj_with_mqa.weight": (L + R, 2 * D),
+        "self_attn.kv_a_layernorm.weight": (L,),
+        "self_attn.kv_b_proj.weight": (H * (P + C), L),
+        "self_attn.o_proj.weight": (D, H * C),
+        "post_attention_layernorm.weight": (D,),
+        "mlp.gate_proj.weight": (F, D),
+        "mlp.up_proj.weight": (F, D),
+        "mlp.down_proj.weight": (D, F),
+    }
+    ops = [Rename("fc.weight", ("fc.weight",), (D, K * D))]
+    if config.get("fc_norm"):
+        names = [f"fc_norm.{k}.weight" for k in range(K)]
+        ops += [Rename(name, (name,), (D,)) for name in names]
+    ops += [Rename(name, (f"layers.0.{name}",), shape) for name, shape in block.items()]
+    ops.append(Rename("norm.weight", ("norm.weight",), (D,)))
+    size, V = config.get("draft_vocab_size"), config["vocab_size"]
+    if size:
+        ops.append(Rename("own_head.weight", ("lm_head.weight",), (size, D)))
+        if size != V:
+            ops += [Rename("d2t", ("d2t",), (size,)), Rename("t2d", ("t2d",), (V,))]
+    return tuple(ops)
 
 
 def is_quantized(name: str) -> bool:

@@ -34,18 +34,23 @@ def rotary(x: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head latent attention (`self_attn.*`), expanded form (arXiv 2412.19437, section 2.1.1)."""
+    """Multi-head latent attention (`self_attn.*`), expanded form (arXiv 2412.19437, section 2.1.1).
 
-    def __init__(self, dims: Dims) -> None:
+    Args:
+        dims: sizes of the target.
+        input_size: width of the input where it is not the hidden size.
+    """
+
+    def __init__(self, dims: Dims, input_size: int | None = None) -> None:
         super().__init__()
         self.dims = dims
-        heads = dims.num_attention_heads
+        heads, input_size = dims.num_attention_heads, input_size or dims.hidden_size
         q_width = dims.qk_nope_head_dim + dims.qk_rope_head_dim
-        self.q_a_proj = nn.Linear(dims.hidden_size, dims.q_lora_rank, bias=False)
+        self.q_a_proj = nn.Linear(input_size, dims.q_lora_rank, bias=False)
         self.q_a_layernorm = nn.RMSNorm(dims.q_lora_rank, eps=dims.rms_norm_eps)
         self.q_b_proj = nn.Linear(dims.q_lora_rank, heads * q_width, bias=False)
         kv_width = dims.kv_lora_rank + dims.qk_rope_head_dim
-        self.kv_a_proj_with_mqa = nn.Linear(dims.hidden_size, kv_width, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(input_size, kv_width, bias=False)
         self.kv_a_layernorm = nn.RMSNorm(dims.kv_lora_rank, eps=dims.rms_norm_eps)
         self.kv_b_proj = nn.Linear(
             dims.kv_lora_rank, heads * (dims.qk_nope_head_dim + dims.v_head_dim), bias=False

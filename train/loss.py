@@ -61,38 +61,57 @@ class _HeadLoss(torch.autograd.Function):
         temperature: float,
         chunk: int,
         backend: str,
+        draft_head_ND: Tensor | None,
+        keep_N: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = _rows(backend)
         steps, T, _ = student_STD.shape
         V = len(head_VD)
+        own_ND = head_VD if draft_head_ND is None else draft_head_ND
         backward = ctx.needs_input_grad[0]
         grad_STD = torch.empty_like(student_STD) if backward else None
+        # the head's gradient is a sum over every chunk and step
+        grad_ND = own_ND.new_zeros(own_ND.shape, dtype=weights_ST.dtype) if ctx.needs_input_grad[9] else None
         per_token_ST, overlap_ST = weights_ST.new_zeros(steps, T), weights_ST.new_zeros(steps, T)
         agree_ST = torch.zeros(steps, T, dtype=torch.bool, device=student_STD.device)
-        s_CV = student_STD.new_empty(min(chunk, T), V)
-        t_CV = torch.empty_like(s_CV)
+        t_CV = student_STD.new_empty(min(chunk, T), V)
+        s_CN = t_CV.new_empty(len(t_CV), len(own_ND))
+        seen_V = None if keep_N is None else _marked(keep_N, V)
         for a in range(0, T, chunk):
             b = min(a + chunk, T)
-            s, t = s_CV[: b - a], t_CV[: b - a]
+            s, t = s_CN[: b - a], t_CV[: b - a]
             torch.mm(teacher_TD[a:b], head_VD.t(), out=t)
+            rest_C = missed_C = None
+            if keep_N is not None and seen_V is not None:
+                missed_C = ~seen_V[t.argmax(-1)]
+                if targets_T is not None:
+                    missed_C |= ~seen_V[targets_T[a:b].clamp(0, V - 1)]
+                weights_ST[:, a:b].masked_fill_(missed_C, 0)
+                rest_C = (t[:, ~seen_V].to(weights_ST.dtype) / temperature).logsumexp(-1)
+                t = t[:, keep_N]
             for i in range(steps):
-                torch.mm(student_STD[i, a:b], head_VD.t(), out=s)
+                torch.mm(student_STD[i, a:b], own_ND.t(), out=s)
                 rows(
                     s,
                     t,
                     loss,
                     weights_ST[i, a:b],
-                    None if targets_T is None else targets_T[a:b],
+                    None if targets_T is None else _places(targets_T[a:b], keep_N),
                     temperature,
                     per_token_ST[i, a:b],
                     agree_ST[i, a:b],
                     overlap_ST[i, a:b],
                     backward,
+                    rest_C,
                 )
                 if grad_STD is not None:
-                    torch.mm(s, head_VD, out=grad_STD[i, a:b])
+                    torch.mm(s, own_ND, out=grad_STD[i, a:b])
+                if grad_ND is not None:
+                    grad_ND += s.t() @ student_STD[i, a:b].masked_fill(weights_ST[i, a:b, None] == 0, 0)
+            if missed_C is not None:
+                agree_ST[:, a:b] &= ~missed_C
         if grad_STD is not None:
-            ctx.save_for_backward(grad_STD)
+            ctx.save_for_backward(grad_STD, grad_ND)
         # a token of weight 0 may hold anything, NaN included
         total = (per_token_ST * weights_ST).masked_fill(weights_ST == 0, 0).sum()
         ctx.mark_non_differentiable(agree_ST, overlap_ST, per_token_ST)
@@ -101,8 +120,21 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_STD,) = ctx.saved_tensors
-        return (grad_STD * grad, *[None] * 8)
+        grad_STD, grad_ND = ctx.saved_tensors
+        head = None if grad_ND is None else (grad_ND * grad).to(grad_STD.dtype)
+        return (grad_STD * grad, *[None] * 8, head, None)
+
+
+def _marked(keep_N: Tensor, size: int) -> Tensor:
+    """bool [V]: the token is in the draft's vocabulary."""
+    return torch.zeros(size, dtype=torch.bool, device=keep_N.device).index_fill_(0, keep_N, True)
+
+
+def _places(targets_C: Tensor, keep_N: Tensor | None) -> Tensor:
+    """Targets as ids of the draft; what it stands for means nothing where the target is not kept."""
+    if keep_N is None:
+        return targets_C
+    return torch.searchsorted(keep_N, targets_C).clamp(max=len(keep_N) - 1)
 
 
 def head_loss(
@@ -115,8 +147,10 @@ def head_loss(
     temperature: float = 1.0,
     chunk: int | None = None,
     backend: str | None = None,
+    draft_head: Tensor | None = None,
+    keep: Tensor | None = None,
 ) -> HeadLoss:
-    """Compare what student and teacher predict through the same frozen head.
+    """Compare what student and teacher predict through the same frozen head, or the student through its own.
 
     With p = softmax(head teacher / temperature), q = softmax(head student / temperature) and
     alpha = sum over v of min(p[v], q[v]), the loss of a token is
@@ -130,9 +164,13 @@ def head_loss(
     Never holds [tokens, vocabulary] for more than `chunk` tokens. The logits have the dtype of the states, as
     the engines' have; everything after them is float32. No factor temperature ** 2 is applied.
 
+    A student of a smaller vocabulary has q over `keep` alone, p stays the teacher's over all tokens, and the
+    sums run over `keep`. Where the teacher's arg-max (or the target of `ce`) is not in it, the student can
+    only miss: no agreement, and the row counts with weight 0 in the loss.
+
     Args:
         student: [T, D], or [S, T, D] when S students share one teacher, whose logits are then computed once.
-            The only input that gets a gradient.
+            It gets a gradient, and of the other inputs `draft_head` alone.
         teacher: [T, D], dtype of `student`.
         head: [V, D], dtype of `student`.
         loss: name of the loss.
@@ -142,6 +180,8 @@ def head_loss(
         temperature: above 0.
         chunk: tokens whose logits are held at once; by default what fits 0.5 GB (a cache on CPU).
         backend: `torch` or `triton`; None chooses by device.
+        draft_head: [N, D], dtype of `student`: the student's own head, which may get a gradient too.
+        keep: token ids of the rows of `draft_head`, ascending int64 [N]; needed where N is not V.
 
     Returns:
         loss, agree, overlap and the loss of each token.
@@ -161,8 +201,14 @@ def head_loss(
         raise ValueError(f"teacher: found shape {list(teacher.shape)}, expected {list(student.shape[-2:])}")
     if student.dtype not in (torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f"student: found {student.dtype}, expected torch.bfloat16 or torch.float32")
-    for name, t in (("teacher", teacher), ("head", head)):
-        if t.dtype != student.dtype:
+    if (draft_head is None) != (keep is None) and (draft_head is None or len(draft_head) != len(head)):
+        raise ValueError("keep: a draft head of another size and its token ids come together")
+    if draft_head is not None:
+        expected = [len(head) if keep is None else len(keep), head.shape[1]]
+        if list(draft_head.shape) != expected:
+            raise ValueError(f"draft_head: found shape {list(draft_head.shape)}, expected {expected}")
+    for name, t in (("teacher", teacher), ("head", head), ("draft_head", draft_head)):
+        if t is not None and t.dtype != student.dtype:
             raise ValueError(f"{name}: found {t.dtype}, expected {student.dtype}, the dtype of student")
     if not temperature > 0:
         raise ValueError(f"temperature: found {temperature}, expected a number above 0")
@@ -194,6 +240,7 @@ def head_loss(
     else:
         targets = None
     others = {"teacher": teacher, "head": head, "weights": weights, "targets": targets}
+    others |= {"draft_head": draft_head, "keep": keep}
     for name, other in others.items():
         if other is not None and other.device != student.device:
             raise ValueError(
@@ -205,11 +252,14 @@ def head_loss(
         teacher.detach(),
         head.detach(),
         loss,
-        weights.detach().view(steps_first.shape[:-1]),
+        # rows that a smaller vocabulary misses are taken out of a copy
+        weights.detach().view(steps_first.shape[:-1]).clone(),
         targets,
         float(temperature),
         chunk or default_chunk(len(head), student.device),
         backend or ("triton" if student.device.type == "cuda" and wide == torch.float32 else "torch"),
+        draft_head,
+        keep,
     )
     total, agree, overlap, per_token = result
     return HeadLoss(total, agree.view(shape), overlap.view(shape), per_token.view(shape))

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from train.attention import attention_form, per_row
+from train.eagle3 import Eagle3Layer
 from train.kernels.moe import weight_gradients_once
 from train.mtp import MTPLayer
 
@@ -85,7 +86,7 @@ def select(loss_mask: Tensor, cu_seqlens: Tensor, num_steps: int) -> Scored:
 
 @weight_gradients_once()
 def unroll(
-    layer: MTPLayer,
+    layer: MTPLayer | Eagle3Layer,
     input_ids: Tensor,
     hidden: Tensor,
     cu_seqlens: Tensor,
@@ -98,9 +99,10 @@ def unroll(
     """Run the served recursion over packed documents, tokens given.
 
     Args:
-        layer: the MTP layer.
+        layer: the MTP layer, or an EAGLE-3 layer.
         input_ids: int64 [T].
-        hidden: the target's stored states, as `layer.start` takes them: post-norm [T, D].
+        hidden: the target's stored states, as `layer.start` takes them: post-norm [T, D], or layer inputs
+            [T, K, D].
         cu_seqlens: document boundaries, int32 [B+1], first 0, last T.
         num_steps: draft steps S.
         mask_position_0: zero the embedding joined at position 0, as vLLM does.

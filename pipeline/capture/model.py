@@ -1,4 +1,4 @@
-"""vLLM's DeepSeek classes with a paged cache for the states after the final norm.
+"""vLLM's DeepSeek classes with a paged cache for the states after the final norm and chosen layer inputs.
 
 The cache is one more layer of vLLM's own kind for stored states, which computes nothing: the engine gives it
 blocks beside those of attention, so chunked prefill, preemption and prefix caching need no bookkeeping here.
@@ -6,44 +6,87 @@ vLLM's `extract_hidden_states` fills the same kind of layer, but as a speculativ
 drafted token at every step of decoding, and its states are taken before the final norm. In the CUDA class of
 DeepSeek-V3.2 those lack the last layer, and with tensor parallelism they are sums of one rank only; what
 `forward` returns is after the norm and whole on every rank (vllm/models/deepseek_v32/nvidia/model.py, vllm
-0.32.0).
+0.32.0). The inputs of layers that the same class hands out for EAGLE-3 have both faults of the second kind
+too: a feed-forward's result is summed over the ranks only in the norm behind it. There we take what enters the
+chosen layers ourselves, and sum it.
 
 Legend: T tokens of a step, S states of a token, D hidden_size.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import nn
 from vllm.config import VllmConfig
-from vllm.distributed.parallel_state import get_pp_group
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_world_size
 from vllm.model_executor.models.deepseek_v2 import DeepseekV3ForCausalLM
 from vllm.model_executor.models.extract_hidden_states import CacheOnlyAttentionLayer
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.models.deepseek_v32 import DeepseekV32ForCausalLM
 from vllm.sequence import IntermediateTensors
 
-__all__ = ["PostNormDeepseekV3ForCausalLM", "PostNormDeepseekV32ForCausalLM"]
+from configs.errors import CaptureError
+
+__all__ = ["CapturingDeepseekV3ForCausalLM", "CapturingDeepseekV32ForCausalLM", "take_inputs"]
 
 CONNECTOR = "StoreConnector"
 
 
-class PostNorm:
-    """Mixin: keeps the state after the final norm where the engine was given our connector."""
+def take_inputs(layers: nn.ModuleList, chosen: list[int]) -> list[torch.Tensor]:
+    """Let the chosen layers leave what enters them, [T, D] each and whole on every rank, in the list returned.
+
+    Layers are called with (positions, what the layer before adds to the residual, residual, ...), of which
+    the second is each rank's own part of a sum.
+    """
+    taken: list[torch.Tensor] = []
+
+    def take(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        part, residual = arguments[1:3]
+        taken.append(tensor_model_parallel_all_reduce(part) + residual)
+
+    for k in chosen:
+        layers[k].register_forward_pre_hook(take)
+    return taken
+
+
+class Capturing:
+    """Mixin: keeps the states of every token where the engine was given our connector."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         transfer = vllm_config.kv_transfer_config
         self.states: CacheOnlyAttentionLayer | None = None
-        if transfer is None or transfer.kv_connector != CONNECTOR or not get_pp_group().is_last_rank:
+        self.taken: list[torch.Tensor] | None = None
+        if transfer is None or transfer.kv_connector != CONNECTOR:
+            return
+        aux_layers = list(transfer.get_from_extra_config("aux_layers", ()))
+        if aux_layers:
+            self._choose(aux_layers)
+        if not get_pp_group().is_last_rank:
             return
         self.states = CacheOnlyAttentionLayer(
-            num_heads=1,
+            num_heads=len(aux_layers) + 1,
             head_size=vllm_config.model_config.get_hidden_size(),
             # states keep the model's dtype whatever that of the attention cache
             cache_config=replace(vllm_config.cache_config, cache_dtype="auto"),
             # the engine orders caches by the number in their names: this one is behind the last layer
             prefix=maybe_prefix(prefix, f"states.{vllm_config.model_config.get_total_num_hidden_layers()}"),
         )
+
+    def _choose(self, aux_layers: list[int]) -> None:
+        model: Any = self.model  # type: ignore[attr-defined]
+        if get_pp_group().world_size > 1:
+            raise CaptureError(
+                "layer inputs are captured on one pipeline rank only", "set dump.tensor_parallel_size instead"
+            )
+        partial = isinstance(self, DeepseekV32ForCausalLM) and get_tensor_model_parallel_world_size() > 1
+        # with sequence-parallel experts a rank has whole sums of its share of the tokens, and vLLM gathers them
+        if partial and not getattr(model, "use_sequence_parallel", False):
+            self.taken = take_inputs(model.layers, aux_layers)
+        else:
+            model.aux_hidden_state_layers = tuple(aux_layers)
 
     def forward(
         self,
@@ -53,15 +96,18 @@ class PostNorm:
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor | IntermediateTensors:
         """As the stock class: states after the final norm [T, D], of which the cache keeps a copy."""
-        hidden = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)  # type: ignore[misc]
+        if self.taken is not None:
+            self.taken.clear()
+        out = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)  # type: ignore[misc]
+        hidden, aux = out if isinstance(out, tuple) else (out, self.taken or [])
         if self.states is not None:
-            self.states(hidden.unsqueeze(1))
+            self.states(torch.stack([*aux, hidden], 1) if aux else hidden.unsqueeze(1))
         return hidden
 
 
-class PostNormDeepseekV3ForCausalLM(PostNorm, DeepseekV3ForCausalLM):
+class CapturingDeepseekV3ForCausalLM(Capturing, DeepseekV3ForCausalLM):
     pass
 
 
-class PostNormDeepseekV32ForCausalLM(PostNorm, DeepseekV32ForCausalLM):
+class CapturingDeepseekV32ForCausalLM(Capturing, DeepseekV32ForCausalLM):
     pass

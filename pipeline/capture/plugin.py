@@ -19,4 +19,4 @@ def register() -> None:
 
     for architecture in ("DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM"):
         # by name: importing the class here would initialise a device in the wrong process
-        ModelRegistry.register_model(architecture, f"pipeline.capture.model:PostNorm{architecture}")
+        ModelRegistry.register_model(architecture, f"pipeline.capture.model:Capturing{architecture}")

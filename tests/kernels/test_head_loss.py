@@ -255,3 +255,41 @@ def test_wrong_options_are_named(option: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match="found") as error:
         head_loss(student, teacher, head, **option)
     assert str(error.value) == said
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kept", [None, 350])
+def test_a_head_of_the_draft_with_fewer_tokens_misses_the_others(
+    backend: str, loss: str, dtype: torch.dtype, kept: int | None
+) -> None:
+    student, teacher, head, weights, targets = problem(13, 24, 600, dtype)
+    rng = torch.Generator().manual_seed(1)
+    keep = None if kept is None else torch.randperm(600, generator=rng)[:kept].sort().values
+    own = head if keep is None else head[keep]
+    own = (own.float() + 0.02 * torch.randn(own.shape, generator=rng)).to(dtype)
+    found = [student.clone().requires_grad_(), own.clone().requires_grad_()]
+    options = {"temperature": 0.8, "chunk": 5, "backend": backend}
+    result = head_loss(
+        found[0], teacher, head, loss, weights, targets, draft_head=found[1], keep=keep, **options
+    )
+    gradients = torch.autograd.grad(result.loss, found)
+    wide = [t.double() if dtype == torch.float32 else t for t in (student, teacher, head, own)]
+    wide[0].requires_grad_()
+    wide[3].requires_grad_()
+    weights = weights.to(torch.promote_types(wide[0].dtype, torch.float32))
+    expected, agree, overlap, _ = head_loss_reference(
+        *wide[:3], loss, weights, targets, 0.8, draft_head_ND=wide[3], keep_N=keep
+    )
+    limit = 1e-5 if dtype == torch.float32 else 1e-2
+    assert error_ratio(result.loss, expected.detach()) < 1e-5
+    assert error_ratio(result.overlap, overlap) < 1e-5
+    for got, wanted in zip(gradients, torch.autograd.grad(expected, [wide[0], wide[3]]), strict=True):
+        assert error_ratio(got, wanted) < limit
+    assert torch.equal(result.agree, agree)
+    if keep is not None:
+        missed = ~torch.isin((teacher @ head.T).argmax(-1), keep)
+        assert 0 < int(missed.sum()) < 13
+        assert not result.agree[missed].any()
+        assert not gradients[0][missed].any()

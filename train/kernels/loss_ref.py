@@ -26,6 +26,8 @@ def head_loss_reference(
     weights_T: Tensor | None = None,
     targets_T: Tensor | None = None,
     temperature: float = 1.0,
+    draft_head_ND: Tensor | None = None,
+    keep_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """All logits at once; arguments as `train.loss.head_loss` takes them, two-dimensional student only.
 
@@ -34,9 +36,17 @@ def head_loss_reference(
         in all inputs.
     """
     wide = torch.promote_types(student_TD.dtype, torch.float32)
-    s = F.linear(student_TD, head_VD).to(wide) / temperature
+    s = F.linear(student_TD, head_VD if draft_head_ND is None else draft_head_ND).to(wide) / temperature
     t = F.linear(teacher_TD, head_VD).to(wide) / temperature
     log_p, log_q = t.log_softmax(-1), s.log_softmax(-1)
+    s_at_T, t_at_T = s.argmax(-1), t.argmax(-1)
+    missed_T = torch.zeros_like(t_at_T, dtype=torch.bool)
+    if keep_N is not None:
+        s_at_T, log_p = keep_N[s_at_T], log_p[:, keep_N]
+        missed_T = ~torch.isin(t_at_T, keep_N)
+        if loss == "ce" and targets_T is not None:
+            missed_T |= ~torch.isin(targets_T, keep_N)
+            targets_T = torch.searchsorted(keep_N, targets_T).clamp(max=len(keep_N) - 1)
     p, q = log_p.exp(), log_q.exp()
     alpha = torch.minimum(p, q).sum(-1)
     kl = (p * (log_p - log_q)).sum(-1)
@@ -54,8 +64,13 @@ def head_loss_reference(
         rows = mix * kl + (1 - mix) * (1 - alpha)
     else:
         raise ValueError(loss)
-    total = rows.sum() if weights_T is None else (rows * weights_T).sum()
-    return total, s.argmax(-1) == t.argmax(-1), alpha.detach(), rows.detach()
+    counted = rows.masked_fill(missed_T, 0)
+    total = counted.sum() if weights_T is None else (counted * weights_T).sum()
+    return total, s_at_T == t_at_T, alpha.detach(), rows.detach()
+
+
+def _scaled(x_CV: Tensor, share_C: Tensor | None) -> Tensor:
+    return x_CV if share_C is None else x_CV.mul_(share_C[:, None])
 
 
 def loss_rows(
@@ -69,6 +84,7 @@ def loss_rows(
     agree_C: Tensor,
     overlap_C: Tensor,
     backward: bool,
+    rest_C: Tensor | None = None,
 ) -> None:
     """Losses of a chunk; with `backward`, s_CV becomes the gradient of the weighted sum by its logits.
 
@@ -81,6 +97,8 @@ def loss_rows(
         temperature: divides both logits.
         per_token_C, agree_C, overlap_C: filled in: unweighted loss, equal arg-max, sum of min(p, q).
         backward: whether to form the gradient.
+        rest_C: log-sum-exp of the teacher's logits, divided by the temperature, of tokens that have no
+            column: they take their share of p and none of q.
     """
     wide = per_token_C.dtype
     (s_max_C, s_at_C), (t_max_C, t_at_C) = s_CV.max(-1), t_CV.max(-1)
@@ -90,18 +108,24 @@ def loss_rows(
         s, t = s.to(wide).div_(temperature), t.to(wide).div_(temperature)
         s_max_C, t_max_C = s_max_C.to(wide) / temperature, t_max_C.to(wide) / temperature
     q, p = s.softmax(-1, dtype=wide), t.softmax(-1, dtype=wide)
-    torch.sum(torch.minimum(p, q), -1, out=overlap_C)
     # log-sum-exp, from the greatest logit and its probability, without another pass
+    t_lse_C = t_max_C.to(wide) - p.gather(1, t_at_C[:, None])[:, 0].log_()
+    share_C: Tensor | None = None
+    if rest_C is not None:
+        kept_C, t_lse_C = t_lse_C, torch.logaddexp(t_lse_C, rest_C)
+        share_C = (kept_C - t_lse_C).exp_()
+    p = _scaled(p, share_C)
+    torch.sum(torch.minimum(p, q), -1, out=overlap_C)
     s_lse_C = s_max_C.to(wide) - q.gather(1, s_at_C[:, None])[:, 0].log_()
     if loss == "ce":
         assert target_C is not None
         token_C1 = target_C.clamp(0, s.shape[1] - 1)[:, None]
         torch.sub(s_lse_C, s.gather(1, token_C1)[:, 0].to(wide), out=per_token_C)
     if loss in ("kl", "lk_lambda"):
-        t_lse_C = t_max_C.to(wide) - p.gather(1, t_at_C[:, None])[:, 0].log_()
         difference = torch.sub(t, s) if s.dtype == wide else t.to(wide).sub_(s)
         torch.linalg.vecdot(p, difference, out=per_token_C)
-        per_token_C.add_(s_lse_C - t_lse_C)
+        apart_C = s_lse_C - t_lse_C
+        per_token_C.add_(apart_C if share_C is None else apart_C * share_C)
     if loss == "lk_lambda":
         mix_C = overlap_C.mul(-ETA).exp_()
         per_token_C.mul_(mix_C).add_((1 - mix_C) * (1 - overlap_C))
@@ -111,13 +135,14 @@ def loss_rows(
         torch.sub(1, overlap_C, out=per_token_C)
     if not backward:
         return
-    # by the logits: of kl, q - p; of ce, q - onehot; of the overlap, q (m - M), with m = 1 where q < p (1/2
-    # where equal: the subgradient of torch.minimum) and M = sum of q m
+    # by the logits: of kl, q - p (q times the sum of p where that is not 1); of ce, q - onehot; of the
+    # overlap, q (m - M), with m = 1 where q < p (1/2 where equal: the subgradient of torch.minimum) and
+    # M = sum of q m
     weight_C1 = (weight_C / temperature)[:, None]
     if loss == "ce":
         q.scatter_add_(1, token_C1, q.new_full(token_C1.shape, -1.0))
     elif loss == "kl":
-        q.sub_(p)
+        q = _scaled(q, share_C).sub_(p)
     else:
         m = (torch.sign(p - q) + 1).mul_(0.5)
         toward = m.sub_(torch.linalg.vecdot(q, m)[:, None]).mul_(q)
@@ -127,7 +152,7 @@ def loss_rows(
             seen = overlap_C > ALPHA_MIN
             q = toward.mul_(torch.where(seen, -1 / overlap_C.clamp_min(ALPHA_MIN), 0)[:, None])
         else:
-            q = q.sub_(p).mul_(mix_C[:, None]).sub_(toward.mul_((1 - mix_C)[:, None]))
+            q = _scaled(q, share_C).sub_(p).mul_(mix_C[:, None]).sub_(toward.mul_((1 - mix_C)[:, None]))
     torch.mul(q, weight_C1, out=s_CV if s_CV.dtype == q.dtype else q)
     if s_CV.dtype != q.dtype:
         s_CV.copy_(q)

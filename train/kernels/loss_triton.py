@@ -39,11 +39,11 @@ def _across(high, total, at, V: tl.constexpr):
 
 
 # slices of a chunk start anywhere; one compiled kernel serves them all
-@triton.jit(do_not_specialize_on_alignment=["weight", "target", "per_token", "agree", "overlap"])
+@triton.jit(do_not_specialize_on_alignment=["weight", "target", "per_token", "agree", "overlap", "rest"])
 def _loss_rows_kernel(
-    student, teacher, weight, target, per_token, agree, overlap, inverse_temperature,
-    V: tl.constexpr, LOSS: tl.constexpr, BACKWARD: tl.constexpr, ETA: tl.constexpr, ALPHA_MIN: tl.constexpr,
-    BV: tl.constexpr,
+    student, teacher, weight, target, per_token, agree, overlap, rest, inverse_temperature,
+    V: tl.constexpr, LOSS: tl.constexpr, REST: tl.constexpr, BACKWARD: tl.constexpr, ETA: tl.constexpr,
+    ALPHA_MIN: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     student += row * V
@@ -71,6 +71,13 @@ def _loss_rows_kernel(
     s_lse, s_top = _across(s_high, s_total, s_at, V)
     t_lse, t_top = _across(t_high, t_total, t_at, V)
     tl.store(agree + row, s_top == t_top)
+    share = 1.0
+    if REST:
+        # tokens without a column take their part of p
+        others = tl.load(rest + row)
+        kept = t_lse
+        t_lse = tl.maximum(kept, others) + tl.log(1.0 + tl.exp(-tl.abs(kept - others)))
+        share = tl.exp(kept - t_lse)
 
     w = tl.load(weight + row)
     scale = w * inverse_temperature
@@ -90,7 +97,7 @@ def _loss_rows_kernel(
         if LOSS >= _TV:
             mean_lanes += tl.where(q < p, q, tl.where(q == p, 0.5 * q, 0.0))
         elif BACKWARD:
-            grad = q - p if LOSS == _KL else tl.where(o == aim, q - 1.0, q)
+            grad = q * share - p if LOSS == _KL else tl.where(o == aim, q - 1.0, q)
             grad = tl.where(w != 0, grad * scale, 0.0)
             tl.store(student + o, grad.to(student.dtype.element_ty), mask=inside)
     alpha = tl.sum(alpha_lanes, 0)
@@ -128,7 +135,7 @@ def _loss_rows_kernel(
             below = tl.where(q < p, 1.0, tl.where(q == p, 0.5, 0.0))
             grad = by_alpha * q * (below - mean)
             if LOSS == _LK_LAMBDA:
-                grad += by_kl * (q - p)
+                grad += by_kl * (q * share - p)
             grad = tl.where(w != 0, grad * scale, 0.0)
             tl.store(student + o, grad.to(student.dtype.element_ty), mask=inside)
 
@@ -144,6 +151,7 @@ def loss_rows(
     agree_C: Tensor,
     overlap_C: Tensor,
     backward: bool,
+    rest_C: Tensor | None = None,
 ) -> None:
     """As `loss_ref.loss_rows`, in one launch."""
     require_device(s_CV.device)
@@ -160,9 +168,11 @@ def loss_rows(
         per_token=per_token_C,
         agree=agree_C,
         overlap=overlap_C,
+        rest=weight_C if rest_C is None else rest_C,
         inverse_temperature=float(1 / temperature),
         V=V,
         LOSS=_CODES[loss],
+        REST=rest_C is not None,
         BACKWARD=backward,
         ETA=ETA,
         ALPHA_MIN=ALPHA_MIN,
