@@ -24,6 +24,8 @@ __all__ = [
     "State",
     "Target",
     "Template",
+    "Vocabulary",
+    "aux_layers",
     "norm_and_head_sha256",
     "require_same",
     "split_draft",
@@ -89,17 +91,34 @@ class Contract(Record):
     shift: Literal[1] = 1
 
 
+class Vocabulary(Record):
+    """Token ids; `sha256` is over them as ascending little-endian int64."""
+
+    size: int
+    sha256: str
+
+
 class Draft(Record):
     """How a draft was trained, and so how a server must run it.
 
     `carry`: what a draft step hands on; `mask_position_0`: the embedding at position 0 is zeroed, as in vLLM;
-    `concat`: the order of `eh_proj`'s input.
+    `concat`: the order of the joined input; `aux_layers`: the layers whose inputs it starts from;
+    `vocabulary`: the tokens it can say, None for all of the target's.
     """
 
-    kind: Literal["mtp"] = "mtp"
-    carry: Literal["post_norm"] = "post_norm"
+    kind: Literal["mtp", "eagle3"] = "mtp"
+    carry: Literal["post_norm", "pre_norm"] = "post_norm"
     mask_position_0: bool = True
     concat: Literal["embed,hidden"] = "embed,hidden"
+    aux_layers: tuple[int, ...] = ()
+    attention: Literal["dense", "sparse"] = "dense"
+    head: Literal["target", "trained"] = "target"
+    vocabulary: Vocabulary | None = None
+
+
+def aux_layers(contract: dict[str, Any]) -> list[int]:
+    """Layers whose inputs a store of this contract holds, in the order in which it holds them."""
+    return [s["layer"] for s in contract.get("states", ()) if s["site"] == "layer_input"]
 
 
 def store_contract(read: dict[str, Any]) -> dict[str, Any]:
@@ -110,7 +129,10 @@ def store_contract(read: dict[str, Any]) -> dict[str, Any]:
 def split_draft(said: dict[str, Any]) -> dict[str, Any]:
     """`layer61.json` as read, its `draft` beside its `contract`; older ones hold the one within the other."""
     held = said.get("contract")
-    if "draft" in said or not isinstance(held, dict):
+    if isinstance(said.get("draft"), dict):
+        # fields that came later had no other value than their default
+        return {**said, "draft": Draft(**said["draft"]).model_dump(mode="json")}
+    if not isinstance(held, dict):
         return said
     draft = Draft(**{key: held[key] for key in OF_THE_DRAFT & held.keys()})
     return {**said, "contract": store_contract(held), "draft": draft.model_dump(mode="json")}

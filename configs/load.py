@@ -144,13 +144,16 @@ def freeze(config: RunConfig, verb: str, sections: Sequence[str]) -> Path:
     path = run_dir.settings(config.run.dir, verb)
     free = {(section, key) for section, key, _, _, is_free in settings() if is_free} | {("run", "dir")}
     values = config.model_dump(mode="json", include=set(sections) | {"run"})
+    # a key that the earlier start did not know had no other value than its default
+    defaults = RunConfig().model_dump(mode="json")
     if path.exists():
         earlier = _read_object(path, "remove it to take the settings of this start")
         differing = [
-            f"{section}.{key} was {earlier.get(section, {}).get(key)!r}, now {value!r}"
+            f"{section}.{key} was {was!r}, now {value!r}"
             for section, table in values.items()
             for key, value in table.items()
-            if (section, key) not in free and earlier.get(section, {}).get(key) != value
+            if (section, key) not in free
+            and (was := earlier.get(section, {}).get(key, defaults[section][key])) != value
         ]
         if differing:
             raise ConfigError(

@@ -15,6 +15,7 @@ from configs.errors import ConfigError
 __all__ = [
     "OWNED",
     "DumpConfig",
+    "Eagle3Config",
     "EvaluateConfig",
     "ExportConfig",
     "PromptsConfig",
@@ -140,6 +141,8 @@ class DumpConfig(Section):
     """Path or s3:// URL of the feature store; by default `store` in the run directory."""
     view: Literal["auto", "native", "v3"] = "auto"
     """How the engine sees a V3.2 checkpoint: natively, or through a V3 view without sparse attention."""
+    aux_layers: tuple[int, ...] = ()
+    """Layers whose inputs are stored as well, ascending: [2, 30, 58] for an EAGLE-3 draft of V3.2."""
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs of one engine."""
     block_documents: int = Field(64, ge=1)
@@ -161,6 +164,8 @@ class DumpConfig(Section):
 
 
 class TrainConfig(Section):
+    draft: Literal["mtp", "eagle3"] = "mtp"
+    """`mtp`: the target's own layer, trained further; `eagle3`: a small dense one from scratch ([eagle3])."""
     store: str | None = None
     """Path or URL of the feature store; by default the one of `[dump]`."""
     ranks: int = Field(1, ge=1, json_schema_extra=FREE)
@@ -217,6 +222,21 @@ class TrainConfig(Section):
     """Merged into the DeepSpeed configuration untouched."""
 
 
+class Eagle3Config(Section):
+    """The EAGLE-3 draft; it starts from the inputs of every layer in `dump.aux_layers`."""
+
+    intermediate_size: int | None = Field(None, ge=16)
+    """Width of its feed-forward; by default that of the target's dense layers."""
+    carry: Literal["pre_norm", "post_norm"] = "pre_norm"
+    """What a draft step hands to the next: its state before or after its last norm."""
+    fc_norm: bool = False
+    """Norm each layer input before they are joined."""
+    head: Literal["target", "trained"] = "target"
+    """`target`: the target's head, frozen; `trained`: an own copy of it, trained along and exported."""
+    draft_vocab_size: int | None = Field(None, ge=2)
+    """Train with so many tokens: the most frequent of the store's answers; all by default."""
+
+
 class EvaluateConfig(Section):
     checkpoint: str = "last"
     """`last`, `best`, `released` (the layer before training), or the path of a checkpoint or export."""
@@ -228,13 +248,15 @@ class EvaluateConfig(Section):
 
 class ExportConfig(Section):
     dir: Path | None = None
-    """Directory to write; by default `nextn` in the run directory."""
+    """Directory to write; by default `nextn` in the run directory, `eagle3` for such a draft."""
     checkpoint: str = "best"
     """`best`, `last`, `released`, or the path of a checkpoint."""
     layout: Literal["nextn", "sglang-legacy", "stitched"] = "nextn"
     """`nextn`: layer-61 names, both servers; `sglang-legacy`: layers.0; `stitched`: target plus draft."""
     quantization: Literal["auto", "none", "fp8"] = "auto"
-    """`auto` takes the target's own quantisation, which vLLM requires of a draft."""
+    """`auto` takes the target's own quantisation, which vLLM requires of an MTP draft."""
+    draft_vocab_size: int | None = Field(None, ge=2)
+    """Keep so many tokens of an EAGLE-3 draft: the most frequent of the store's answers; all by default."""
 
 
 class VerifyConfig(Section):
@@ -274,6 +296,7 @@ class RunConfig(Section):
     prompts: PromptsConfig = PromptsConfig()
     dump: DumpConfig = DumpConfig()
     train: TrainConfig = TrainConfig()
+    eagle3: Eagle3Config = Eagle3Config()
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
     verify: VerifyConfig = VerifyConfig()
@@ -289,6 +312,16 @@ class RunConfig(Section):
                 f"prompts.max_answer_tokens = {self.prompts.max_answer_tokens} leaves no room for a prompt in"
                 f" prompts.max_length = {self.prompts.max_length}"
             )
+        ids = self.dump.aux_layers
+        if any(a >= b for a, b in zip((0, *ids), ids, strict=False)):
+            raise ValueError(
+                f"dump.aux_layers = {list(ids)}: expected layers above 0, ascending; what enters layer 0 is"
+                " the embedding"
+            )
+        if self.train.draft != "eagle3":
+            changed = [k for k, v in self.eagle3 if v != Eagle3Config.model_fields[k].default]
+            if changed:
+                raise ValueError(f"eagle3.{changed[0]} is set, but train.draft is {self.train.draft!r}")
         for table, owned in OWNED.items():
             section, key = table.split(".")
             value = getattr(getattr(self, section), key)
@@ -324,5 +357,5 @@ class RunConfig(Section):
 
     @property
     def export_dir(self) -> Path:
-        """Where `export` writes: `export.dir`, or `nextn` in the run directory."""
-        return self.export.dir or self.run.dir / run_dir.EXPORT
+        """Where `export` writes: `export.dir`, or `nextn` or `eagle3` in the run directory."""
+        return self.export.dir or self.run.dir / run_dir.EXPORT[self.train.draft]

@@ -181,7 +181,7 @@ def eagle3_keymap(config: Mapping[str, Any]) -> tuple[Op, ...]:
     """Every op between an EAGLE-3 directory and the module, in the module's order: all of them rename.
 
     Args:
-        config: the draft's own config.json (`export.eagle3.draft_config`).
+        config: the draft's own config.json (`configs.eagle3.draft_config`).
     """
     D, F, H = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     Q, L, R = config["q_lora_rank"], config["kv_lora_rank"], config["qk_rope_head_dim"]

@@ -26,7 +26,7 @@ from pipeline.blocks import Block, blocks, share
 from pipeline.capture.engine import EngineSettings
 from pipeline.capture.process import CLOSE_SECONDS
 from pipeline.capture.session import Session
-from pipeline.capture.settings import choose_view, contract, engine_settings
+from pipeline.capture.settings import check_aux_layers, choose_view, contract, engine_settings
 from pipeline.prompts import NoConversationsError, load_prompts, write_rejects
 from pipeline.ray_actors import capture_over_ray
 
@@ -99,7 +99,8 @@ def plan(config: RunConfig) -> DumpPlan:
     target_dir = config.require_target()
     target = target_config(target_dir, planning=True)
     view = choose_view(config, target)
-    per_token = 2 * target["hidden_size"] + 4 + 1
+    check_aux_layers(config, target)
+    per_token = 2 * target["hidden_size"] * (1 + len(config.dump.aux_layers)) + 4 + 1
     empty = DumpPlan(per_token, None, 0, 0, 0, 0, 0, 0, 0, 0, view, config.store_path)
     for name, path in (("prompts.path", config.prompts.path), ("target.path", target_dir)):
         if path is None or not path.exists():
@@ -146,6 +147,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     target_dir = config.require_target()
     target = target_config(target_dir)
     view = choose_view(config, target)
+    check_aux_layers(config, target)
     rejects = config.run.dir / run_dir.REJECTS
     try:
         prompts = load_prompts(config.prompts, target_dir, config.run.seed)

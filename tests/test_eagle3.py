@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
+from configs.eagle3 import draft_config
 from export.checkpoint import Checkpoint
-from export.eagle3 import draft_config
 from export.keymap import eagle3_keymap, to_checkpoint
 from tests.reference_eagle3 import Eagle3Reference
 from train.dims import Dims

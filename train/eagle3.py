@@ -59,7 +59,7 @@ class Eagle3Layer(nn.Module):
 
     Args:
         dims: sizes of the target.
-        config: the draft's own config.json (`export.eagle3.draft_config`).
+        config: the draft's own config.json (`configs.eagle3.draft_config`).
 
     Attributes:
         embed_tokens, lm_head: [V, D]; norm_weight: [D], the target's `model.norm.weight`.

@@ -67,7 +67,7 @@ class StoreConnector(KVConnectorBase_V1, SupportsHMA):
     Rows after the first such token of the answer are dropped, as is the last sampled token, which was never
     an input. With `block` None the states are kept for `take` instead.
 
-    Extra configuration: `writer_threads`, `queue_bytes`.
+    Extra configuration: `writer_threads`, `queue_bytes`, and `aux_layers`, whose inputs are stored as well.
     """
 
     def __init__(
@@ -141,15 +141,16 @@ class StoreConnector(KVConnectorBase_V1, SupportsHMA):
             raise CaptureError(f"the engine has {len(layers)} caches of states, expected one")
         cache_NSBD = kv_caches[next(iter(layers))]
         block = self._kv_cache_config.kv_cache_groups[self._group].kv_cache_spec.block_size
-        hidden_size = self._vllm_config.model_config.get_hidden_size()
-        if tuple(cache_NSBD.shape[1:]) != (1, block, hidden_size):
+        extra = self._kv_transfer_config.get_from_extra_config
+        states = 1 + len(extra("aux_layers", ()))
+        expected = [states, block, self._vllm_config.model_config.get_hidden_size()]
+        if list(cache_NSBD.shape[1:]) != expected:
             raise CaptureError(
                 f"the cache of states has blocks of shape {list(cache_NSBD.shape[1:])}, expected"
-                f" [1, {block}, {hidden_size}]: its rows could not be found by the block table",
+                f" {expected}: its rows could not be found by the block table",
                 "set another block_size in [dump.vllm]",
             )
         self._cache = cache_NSBD
-        extra = self._kv_transfer_config.get_from_extra_config
         self._writers = Writers(extra("writer_threads", 1), extra("queue_bytes", 1 << 30))
         if self._cache.is_cuda:
             self._stream = torch.cuda.Stream()

@@ -6,9 +6,9 @@ vLLM's `extract_hidden_states` fills the same kind of layer, but as a speculativ
 drafted token at every step of decoding, and its states are taken before the final norm. In the CUDA class of
 DeepSeek-V3.2 those lack the last layer, and with tensor parallelism they are sums of one rank only; what
 `forward` returns is after the norm and whole on every rank (vllm/models/deepseek_v32/nvidia/model.py, vllm
-0.32.0). The inputs of layers that the same class hands out for EAGLE-3 have both faults of the second kind
-too: a feed-forward's result is summed over the ranks only in the norm behind it. There we take what enters the
-chosen layers ourselves, and sum it.
+0.32.0). The layer inputs that this class hands out for EAGLE-3 are such sums of one rank too: the result of a
+feed-forward is summed over the ranks only in the norm behind it. There we take what enters the chosen layers
+ourselves, and sum it.
 
 Legend: T tokens of a step, S states of a token, D hidden_size.
 """
@@ -35,7 +35,7 @@ CONNECTOR = "StoreConnector"
 
 
 def take_inputs(layers: nn.ModuleList, chosen: list[int]) -> list[torch.Tensor]:
-    """Let the chosen layers leave what enters them, [T, D] each and whole on every rank, in the list returned.
+    """Let chosen layers leave what enters them, [T, D] each and whole on every rank, in the list returned.
 
     Layers are called with (positions, what the layer before adds to the residual, residual, ...), of which
     the second is each rank's own part of a sum.
@@ -82,7 +82,7 @@ class Capturing:
                 "layer inputs are captured on one pipeline rank only", "set dump.tensor_parallel_size instead"
             )
         partial = isinstance(self, DeepseekV32ForCausalLM) and get_tensor_model_parallel_world_size() > 1
-        # with sequence-parallel experts a rank has whole sums of its share of the tokens, and vLLM gathers them
+        # with sequence-parallel experts a rank has whole sums of some tokens, and vLLM gathers them
         if partial and not getattr(model, "use_sequence_parallel", False):
             self.taken = take_inputs(model.layers, aux_layers)
         else:

@@ -11,7 +11,7 @@ from pipeline.capture.engine import EngineSettings
 from pipeline.prompts import Prompts
 from pipeline.view import make_view
 
-__all__ = ["choose_view", "contract", "engine_settings"]
+__all__ = ["check_aux_layers", "choose_view", "contract", "engine_settings"]
 
 
 def choose_view(config: RunConfig, target: dict[str, Any]) -> str:
@@ -41,6 +41,20 @@ def choose_view(config: RunConfig, target: dict[str, Any]) -> str:
     return view
 
 
+def check_aux_layers(config: RunConfig, target: dict[str, Any]) -> None:
+    """Refuse layers that the target does not have.
+
+    Raises:
+        ConfigError: a layer of `dump.aux_layers` is not below `num_hidden_layers`.
+    """
+    ids, layers = config.dump.aux_layers, target["num_hidden_layers"]
+    if ids and ids[-1] >= layers:
+        raise ConfigError(
+            f"dump.aux_layers = {list(ids)}: the last of the target's {layers} layers is {layers - 1}",
+            f"the usual choice is [2, {layers // 2}, {layers - 3}]" if layers > 8 else None,
+        )
+
+
 def contract(config: RunConfig, prompts: Prompts, view: str) -> Contract:
     """What the states of this dump are, and which target they belong to; reads the target's norm and head.
 
@@ -59,7 +73,10 @@ def contract(config: RunConfig, prompts: Prompts, view: str) -> Contract:
             tp=config.dump.tensor_parallel_size,
             view=view,
         ),
-        states=(State(site="post_norm", layer=target.num_hidden_layers),),
+        states=(
+            *(State(site="layer_input", layer=k) for k in config.dump.aux_layers),
+            State(site="post_norm", layer=target.num_hidden_layers),
+        ),
         max_length=config.prompts.max_length,
     )
 

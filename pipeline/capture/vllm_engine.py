@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from configs.contract import aux_layers
 from configs.errors import CaptureError, revive
 from pipeline.capture.engine import BlockResult, EngineSettings
 from pipeline.prompts import Document
@@ -64,6 +65,7 @@ class Engine:
                     "kv_connector_extra_config": {
                         "writer_threads": settings.writer_threads,
                         "queue_bytes": settings.queue_bytes,
+                        "aux_layers": aux_layers(settings.contract),
                     },
                 },
             }
