@@ -7,7 +7,7 @@ import torch
 
 from configs.eagle3 import draft_config
 from export.checkpoint import Checkpoint
-from export.keymap import eagle3_keymap, to_checkpoint
+from export.keymap import eagle3_keymap
 from tests.reference_eagle3 import Eagle3Reference
 from train.dims import Dims
 from train.eagle3 import Eagle3Layer
@@ -31,7 +31,7 @@ def random_layer(target, *, seed=0, **settings):
             parameter.data += 1
     load_tables(layer, checkpoint, dtype=torch.float32, device="cpu")
     state = layer.state_dict()
-    return layer, dict(to_checkpoint(eagle3_keymap(config), state, state.__getitem__)), config
+    return layer, {op.checkpoint[0]: state[op.training] for op in eagle3_keymap(config)}, config
 
 
 def packed(layer, lengths, seed=0):
