@@ -204,6 +204,8 @@ class TrainConfig(Section):
     """AdamW second-moment decay."""
     gradient_clipping: float = Field(1.0, gt=0)
     """Largest global gradient norm."""
+    max_skipped_steps: int = Field(5, ge=1, json_schema_extra=FREE)
+    """Steps in a row without finite gradients, each skipped and logged, after which the run ends."""
     freeze: tuple[str, ...] = ("self_attn.indexer.", "mlp.gate.weight")
     """Name prefixes of layer parameters that stay as released; embedding, head and router bias always do."""
     moe_backend: Literal["auto", "torch", "grouped_mm", "triton"] = "auto"

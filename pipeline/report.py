@@ -58,7 +58,7 @@ def _curves(
     axes = _axes(title, "optimizer step", y)
     drawn = False
     for name, label in names.items():
-        points = [(row["step"], row[name]) for row in rows if name in row]
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 40 else None)
             drawn = True

@@ -1,5 +1,6 @@
 """Small stores of made-up documents that fit a checkpoint."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -34,10 +35,12 @@ def write_store(
     kinds: int = 6,
     contract: dict | None = None,
     first_uid: int = 1,
+    not_a_number: Collection[int] = (),
 ) -> Path:
     """Publish documents whose second half is an answer: each token of it is what the state before says.
 
     States are one of `kinds` directions and a little noise, so that a layer can learn the next token.
+    Those of the documents `not_a_number` are none.
     """
     checkpoint = Checkpoint(target)
     head = checkpoint.get("lm_head.weight", dtype=torch.float32)
@@ -48,6 +51,8 @@ def write_store(
             kind = (torch.arange(length) * (1 + uid % 2) + uid) % kinds
             hidden = directions[kind] + 0.05 * torch.randn(length, head.shape[1], generator=generator)
             hidden = hidden.bfloat16()
+            if uid in not_a_number:
+                hidden.fill_(float("nan"))
             said = (hidden.float() @ head.T).argmax(-1)
             ids = torch.randint(len(head), (length,), generator=generator)
             answer = length // 2

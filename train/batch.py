@@ -26,12 +26,14 @@ class Packed(NamedTuple):
         loss_mask: bool [T].
         cu_seqlens: int32 [B+1].
         hidden: the target's post-norm states, [T, D].
+        uids: of the documents.
     """
 
     input_ids: Tensor
     loss_mask: Tensor
     cu_seqlens: Tensor
     hidden: Tensor
+    uids: tuple[int, ...] = ()
 
     def scored(self, num_steps: int) -> Scored:
         """The predictions of this batch that count.
@@ -89,6 +91,7 @@ def pack(batch: Any, column: int, dtype: torch.dtype, device: torch.device) -> P
         copy(batch.loss_mask),
         copy(batch.cu_seqlens),
         copy(batch.hidden[:, column], dtype),
+        tuple(batch.uids),
     )
 
 

@@ -3,17 +3,19 @@
 Legend: S draft steps, M predicted tokens.
 """
 
-import contextlib
 import json
+import math
 import resource
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from configs.files import atomic_write
+from configs.progress import log
 from train.loss import HeadLoss
 
 __all__ = ["Metrics", "Pace", "detail", "means", "sums"]
@@ -21,6 +23,8 @@ __all__ = ["Metrics", "Pace", "detail", "means", "sums"]
 
 class Metrics:
     """`metrics.jsonl` of a run that goes on after step `done`: later lines are dropped, new ones appended.
+
+    Lines that are not ours are moved to `metrics.jsonl.damaged`, never thrown away.
 
     Args:
         path: the file; None on ranks that write nothing.
@@ -31,21 +35,46 @@ class Metrics:
         self.path = path
         if path is None:
             return
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = []
-        for line in lines:
-            # only the last line can be cut short, by a kill; its step is done again
-            with contextlib.suppress(ValueError):
-                if json.loads(line)["step"] <= done:
-                    kept.append(line + "\n")
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        kept, damaged = [], []
+        for place, line in enumerate(lines):
+            step = _step_of(line)
+            if step is not None and step <= done:
+                kept.append(line.rstrip(b"\r\n") + b"\n")
+            elif step is None and not (place == len(lines) - 1 and _is_cut(line)):
+                damaged.append(line.rstrip(b"\r\n") + b"\n")
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, "".join(kept))
+        if damaged:
+            aside = path.with_name(path.name + ".damaged")
+            earlier = aside.read_bytes() if aside.exists() else b""
+            atomic_write(aside, earlier + b"".join(damaged))
+            log("train", f"{len(damaged):,} lines of {path} cannot be read; they are kept in {aside}")
+        atomic_write(path, b"".join(kept))
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Append one line."""
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Append one line; a number that is not finite becomes null, for which JSON has a word."""
         if self.path is not None:
+            told = {
+                key: None if isinstance(value, float) and not math.isfinite(value) else value
+                for key, value in values.items()
+            }
             with open(self.path, "a", encoding="utf-8") as f:
-                f.write(json.dumps({"step": step, **values}) + "\n")
+                f.write(json.dumps({"step": step, **told}, allow_nan=False) + "\n")
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a line of ours, None for any other."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = found.get("step") if isinstance(found, dict) else None
+    return step if type(step) is int else None
+
+
+def _is_cut(line: bytes) -> bool:
+    """Whether a last line is one of ours that a kill cut short; its step is done again."""
+    return line.startswith(b'{"step": ') and not line.endswith(b"\n")
 
 
 @dataclass

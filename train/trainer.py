@@ -101,6 +101,7 @@ class _Run:
         saved_step: steps done by the newest checkpoint.
         position: of the loader after `step`; the loader itself may be a batch ahead when a signal comes.
         evaluated: the evaluation after `step`; empty where there was none.
+        skipped, in_a_row: steps so far without finite gradients, and how many the last ones of them are.
     """
 
     config: RunConfig
@@ -113,6 +114,8 @@ class _Run:
     saved_step: int
     position: dict[str, Any]
     evaluated: dict[str, Any]
+    skipped: int = 0
+    in_a_row: int = 0
 
 
 def train(config: RunConfig) -> dict[str, Any] | None:
@@ -158,9 +161,11 @@ def _train(config: RunConfig, rank: int, world: int, caught: list[int]) -> dict[
                 break
             values = _step(run, batches, scored, counts_S)
             values |= pace.add(tokens, wait_s, time.monotonic() - began)
+            values |= _count_skipped(run, batches, values)
             run.metrics.write(run.step, values)
             if bar is not None:
                 bar.advance(1, detail(values, pace))
+            _go_on(run)
             last = run.step == run.total
             run.evaluated = _evaluate(run) if last or run.step % settings.evaluate_every == 0 else {}
             if last or run.step % settings.checkpoint_every == 0:
@@ -214,7 +219,9 @@ def _open(config: RunConfig, rank: int, world: int) -> _Run:
         came = f"going on from {saved.path}" if saved else "from the released layer"
         log("train", f"{came}: {total - done:,} of {total:,} steps to do on {world} ranks, {settings.dtype}")
     evaluated = dict(saved.meta["metrics"]) if saved else {}
-    return _Run(config, loader, engine, ops, metrics, total, done, done, loader.state_dict(), evaluated)
+    skipped = saved.meta.get("skipped_steps", 0) if saved else 0
+    position = loader.state_dict()
+    return _Run(config, loader, engine, ops, metrics, total, done, done, position, evaluated, skipped)
 
 
 def _check(config: RunConfig, store: FeatureStore, target: Checkpoint, first: bool) -> None:
@@ -268,11 +275,10 @@ def _agree(batches: list[Packed], scored: list[Scored], caught: list[int]) -> tu
     return agreed[:-3], tokens, next((n for n, ranks in zip(STOPS, asked, strict=True) if ranks), 0)
 
 
-def _step(run: _Run, batches: list[Packed], scored: list[Scored], counts_S: Tensor) -> dict[str, float]:
+def _step(run: _Run, batches: list[Packed], scored: list[Scored], counts_S: Tensor) -> dict[str, Any]:
     """One optimizer step; returns its `train/` values for `metrics.jsonl`, the same on every rank.
 
-    Raises:
-        Layer61Error: the loss is not finite.
+    Without finite gradients DeepSpeed leaves parameters and optimizer as they are.
     """
     settings, num_steps = run.config.train, len(counts_S)
     device = counts_S.device
@@ -291,12 +297,43 @@ def _step(run: _Run, batches: list[Packed], scored: list[Scored], counts_S: Tens
         total += sums(found, rows.valid)
     values = means(zero.reduce(total), counts_S, run.loader.world_size * len(batches))
     run.step, run.position = run.step + 1, run.loader.state_dict()
-    if not math.isfinite(values["train/loss"]):
-        raise Layer61Error(
-            f"the loss is {values['train/loss']} at step {run.step}",
-            "lower train.learning_rate; the same command goes on from the last checkpoint",
-        )
     return values | {"train/lr": rate, "train/grad_norm": float(run.engine.get_global_grad_norm())}
+
+
+def _count_skipped(run: _Run, batches: list[Packed], values: dict[str, Any]) -> dict[str, Any]:
+    """Count the step just done if it was skipped, and log its documents; all ranks call this.
+
+    Returns:
+        What `metrics.jsonl` says of it.
+    """
+    if run.engine.was_step_applied() and math.isfinite(values["train/loss"]):
+        run.in_a_row = 0
+        return {"train/skipped_steps": run.skipped}
+    run.skipped, run.in_a_row = run.skipped + 1, run.in_a_row + 1
+    uids = sorted(zero.collect([uid for batch in batches for uid in batch.uids]))
+    if run.loader.rank == 0:
+        few = ", ".join(map(str, uids[:4])) + (f" and {len(uids) - 4:,} more" if len(uids) > 4 else "")
+        log(
+            "train",
+            f"step {run.step:,} skipped, {run.in_a_row} in a row: loss {values['train/loss']:.4g}, gradients"
+            f" not all finite; documents {few}; {METRICS} lists them",
+        )
+    return {"train/skipped_steps": run.skipped, "skipped_documents": uids}
+
+
+def _go_on(run: _Run) -> None:
+    """End a run that does nothing but skip its steps.
+
+    Raises:
+        Layer61Error: `train.max_skipped_steps` steps in a row were skipped.
+    """
+    if run.in_a_row >= run.config.train.max_skipped_steps:
+        raise Layer61Error(
+            f"{run.in_a_row} steps in a row had no finite gradients, the last one step {run.step}; the last"
+            f" checkpoint is the one after step {run.saved_step}",
+            f"{METRICS} names their documents: `layer61 store show STORE UID` shows one; lower"
+            " train.learning_rate where no document stands out",
+        )
 
 
 def _evaluate(run: _Run) -> dict[str, Any]:
@@ -329,6 +366,7 @@ def _evaluate(run: _Run) -> dict[str, Any]:
 def _save(run: _Run) -> None:
     """Save a checkpoint that goes on after `run.step`."""
     meta = _contracts(run.config, run.loader.store) | {"loader": run.position, "metrics": run.evaluated}
+    meta["skipped_steps"] = run.skipped
     keep = run.config.train.keep_checkpoints
     path = checkpoint.save(run.engine, run.ops, run.config.run.dir, run.step, meta, keep=keep)
     run.saved_step = run.step

@@ -35,6 +35,7 @@ from train.plan import is_frozen
 
 __all__ = [
     "build_layer",
+    "collect",
     "deepspeed_config",
     "device",
     "dtype_of",
@@ -201,3 +202,10 @@ def reduce(values: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> T
     """All-reduce in place and return the tensor."""
     dist.all_reduce(values, op)
     return values
+
+
+def collect(values: list[int]) -> list[int]:
+    """The values of all ranks, in the order of the ranks."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, values)
+    return [value for mine in found for value in mine]
