@@ -15,12 +15,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo import config as dynamo_config
+from torch.fx.experimental import _config as fx_config
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 __all__ = ["Attend", "attend_dense", "attention_form", "packed_causal_attention", "per_row"]
 
-# attend(q_AHQ, k_THQ, v_THC, [(k_AHQ, v_AHC) of steps 1..s]) -> o_AHC
-Attend = Callable[[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]], Tensor]
+Attend = Callable[[Tensor, tuple[Tensor, Tensor] | None], Tensor]
+"""attend(q_AHQ, (k_AHQ, v_AHC) of the step, None at step 0) -> o_AHC; called once a step, in order."""
+Diagonal = list[tuple[Tensor, Tensor]]
+
+COMPILER: dict[str, Any] = {"cuda": "inductor"}
+"""Backend of torch.compile for the `blocks` form by type of device; uncompiled where none is named."""
+BLOCK = 128
+"""Rows and keys of a block of flex attention."""
+GRAPHS = 64
+"""Most graphs of one function, beyond which compiling raises: two for each number of draft steps."""
 
 
 def per_row(values_B: Tensor, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
@@ -50,11 +60,16 @@ def packed_causal_attention(
     return torch.cat(out)
 
 
+def _dot(q_AHQ: Tensor, k_AHQ: Tensor) -> Tensor:
+    """Each query times its own key, [A, H], in float32 as the kernels and the server score."""
+    return (q_AHQ.float() * k_AHQ.float()).sum(-1)
+
+
 def attend_dense(
     q_AHQ: Tensor,
     k_THQ: Tensor,
     v_THC: Tensor,
-    diagonal: list[tuple[Tensor, Tensor]],
+    diagonal: Diagonal,
     *,
     visible_AT: Tensor,
     scale: float,
@@ -71,7 +86,7 @@ def attend_dense(
     T = len(k_THQ)
     q_HAQ = q_AHQ.transpose(0, 1)
     logits = [(q_HAQ @ k_THQ.permute(1, 2, 0)).float().masked_fill(~visible_AT, float("-inf"))]
-    logits += [(q_HAQ * k.transpose(0, 1)).sum(-1, keepdim=True).float() for k, _ in diagonal]
+    logits += [_dot(q_AHQ, k).transpose(0, 1)[..., None] for k, _ in diagonal]
     p = ((torch.cat(logits, -1) if diagonal else logits[0]) * scale).softmax(-1).to(v_THC.dtype)
     o_HAC = p[..., :T] @ v_THC.transpose(0, 1)
     for r, (_, v) in enumerate(diagonal):
@@ -79,79 +94,130 @@ def attend_dense(
     return o_HAC.transpose(0, 1)
 
 
-def _by_document(anchors: Tensor, cu_seqlens: Tensor, scale: float) -> Attend:
+def _by_document(anchors: Tensor, cu_seqlens: Tensor, k_THQ: Tensor, v_THC: Tensor, scale: float) -> Attend:
     """`attend_dense` document by document: memory grows with the longest document, not with the batch."""
     bounds = cu_seqlens.tolist()
-    counts = torch.searchsorted(anchors, cu_seqlens.long()).tolist()
-    spans = []
-    for a, b, start in zip(counts, counts[1:], bounds, strict=False):
-        if b > a:
-            places = anchors[a:b] - start
-            # no anchor sees beyond the last one
-            end = int(places[-1]) + 1
-            visible = torch.arange(end, device=anchors.device) <= places[:, None]
-            spans.append((a, b, start, start + end, visible))
+    lengths = cu_seqlens.diff().tolist()
+    # how many anchors, and what they see, of each document; cut in one go, for the gradient of a single
+    # piece would be as large as the whole
+    counts = torch.searchsorted(anchors, cu_seqlens.long()).diff().tolist()
+    documents: list[tuple[Tensor, Tensor, Tensor, Diagonal]] = []
+    split = zip(anchors.split(counts), bounds, k_THQ.split(lengths), v_THC.split(lengths), strict=False)
+    for rows, start, k, v in split:
+        places = rows - start
+        # nobody looks beyond the last anchor
+        end = int(places[-1]) + 1 if len(places) else 0
+        visible = torch.arange(end, device=anchors.device) <= places[:, None]
+        documents.append((k[:end], v[:end], visible, []))
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, diagonal: list[tuple[Tensor, Tensor]]) -> Tensor:
-        outputs = [
-            attend_dense(
-                q[a:b],
-                k[start:end],
-                v[start:end],
-                [(dk[a:b], dv[a:b]) for dk, dv in diagonal],
-                visible_AT=visible,
-                scale=scale,
-            )
-            for a, b, start, end, visible in spans
+    def attend(q: Tensor, own: tuple[Tensor, Tensor] | None) -> Tensor:
+        if own is not None:
+            pieces = zip(own[0].split(counts), own[1].split(counts), strict=True)
+            for (*_, diagonal), piece in zip(documents, pieces, strict=True):
+                diagonal.append(piece)
+        parts = [
+            attend_dense(rows, k, v, diagonal, visible_AT=visible, scale=scale)
+            for rows, (k, v, visible, diagonal) in zip(q.split(counts), documents, strict=True)
+            if len(rows)
         ]
-        return torch.cat(outputs)
+        return torch.cat(parts)
 
     return attend
 
 
-def _whole(anchors: Tensor, cu_seqlens: Tensor, num_tokens: int, scale: float) -> Attend:
+def _whole(anchors: Tensor, cu_seqlens: Tensor, k_THQ: Tensor, v_THC: Tensor, scale: float) -> Attend:
     """`attend_dense` over the whole batch at once, [A, T] in memory: the reference."""
-    starts = per_row(cu_seqlens[:-1], cu_seqlens, num_tokens)
-    row = torch.arange(num_tokens, device=anchors.device)
+    starts = per_row(cu_seqlens[:-1], cu_seqlens, len(k_THQ))
+    row = torch.arange(len(k_THQ), device=anchors.device)
     visible = (row <= anchors[:, None]) & (row >= starts[anchors][:, None])
-    return functools.partial(attend_dense, visible_AT=visible, scale=scale)
+    diagonal: Diagonal = []
+
+    def attend(q: Tensor, own: tuple[Tensor, Tensor] | None) -> Tensor:
+        if own is not None:
+            diagonal.append(own)
+        return attend_dense(q, k_THQ, v_THC, diagonal, visible_AT=visible, scale=scale)
+
+    return attend
+
+
+def _merge(o_AHC: Tensor, lse_AH: Tensor, q_AHQ: Tensor, diagonal: Diagonal, scale: float) -> Tensor:
+    """Join attention over step 0's keys, its log-sum-exp beside it, with the diagonal; in float32."""
+    logits = torch.stack([lse_AH, *(_dot(q_AHQ, k) * scale for k, _ in diagonal)])
+    weights = logits.softmax(0)[..., None]
+    out = weights[0] * o_AHC.float()
+    for w, (_, v) in zip(weights[1:], diagonal, strict=True):
+        out = out + w * v.float()
+    return out.to(o_AHC.dtype)
 
 
 @functools.cache
-def _flex(device_type: str) -> Callable[..., Any]:
-    # eager flex attention materialises every score; only the compiled kernel is worth having
-    kernel: Any = flex_attention
-    return torch.compile(kernel, dynamic=True) if device_type == "cuda" else kernel
+def _compiled(function: Callable[..., Any], backend: Any) -> Callable[..., Any]:
+    if backend is None:
+        return function
+    # whatever cannot be compiled raises; eager flex attention would hold every score
+    compiled = torch.compile(function, dynamic=True, fullgraph=True, backend=backend)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        # sizes that are equal by chance, as of heads and blocks, must not become a condition of the graph
+        duck = fx_config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
+        with duck, dynamo_config.patch(recompile_limit=GRAPHS):
+            return compiled(*args, **kwargs)
+
+    return run
 
 
-def _by_blocks(anchors: Tensor, cu_seqlens: Tensor, num_tokens: int, scale: float) -> Attend:
-    """One fused kernel for step 0's keys; the diagonal joins through the log-sum-exp, in linear memory."""
-    starts = per_row(cu_seqlens[:-1], cu_seqlens, num_tokens)[anchors]
+def _rows_padded(x: Tensor, rows: int) -> Tensor:
+    missing = rows - len(x)
+    return F.pad(x, (0, 0) * (x.dim() - 1) + (0, missing)) if missing else x
+
+
+def _by_blocks(anchors: Tensor, cu_seqlens: Tensor, k_THQ: Tensor, v_THC: Tensor, scale: float) -> Attend:
+    """One fused kernel for step 0's keys; the diagonal joins through the log-sum-exp, in linear memory.
+
+    Queries and keys are padded to whole blocks, at least two, and to more keys than queries, so that no batch
+    has a shape that the compiler treats as a case of its own. Compiled are one graph with and one without
+    gradients of the attention, and two of the merge for each number of steps.
+    """
+    T, A = len(k_THQ), len(anchors)
+    rows = max(-(-A // BLOCK), 2) * BLOCK
+    keys = max(-(-T // BLOCK) * BLOCK, rows + BLOCK)
+    # rows of padding see key 0
+    starts = _rows_padded(per_row(cu_seqlens[:-1], cu_seqlens, T)[anchors], rows)
+    ends = _rows_padded(anchors, rows)
 
     def visible(batch: Tensor, head: Tensor, a: Tensor, j: Tensor) -> Tensor:
-        return (j >= starts[a]) & (j <= anchors[a])
+        return (j >= starts[a]) & (j <= ends[a])
 
-    mask = create_block_mask(visible, None, None, len(anchors), num_tokens, device=str(anchors.device))
+    mask = create_block_mask(visible, None, None, rows, keys, device=str(anchors.device))
+    backend = COMPILER.get(anchors.device.type)
+    flex, merge = _compiled(flex_attention, backend), _compiled(_merge, backend)
+    k_1HTQ, v_1HTC = (_rows_padded(x, keys).transpose(0, 1)[None] for x in (k_THQ, v_THC))
+    diagonal: Diagonal = []
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, diagonal: list[tuple[Tensor, Tensor]]) -> Tensor:
-        heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
-        kernel = _flex(q.device.type)
-        o, aux = kernel(*heads_first, block_mask=mask, scale=scale, return_aux=AuxRequest(lse=True))
-        o_AHC = o[0].transpose(0, 1)
-        if not diagonal:
+    def attend(q: Tensor, own: tuple[Tensor, Tensor] | None) -> Tensor:
+        q = _rows_padded(q, rows)
+        o, aux = flex(
+            q.transpose(0, 1)[None],
+            k_1HTQ,
+            v_1HTC,
+            block_mask=mask,
+            scale=scale,
+            # few queries would take another kernel, a graph of its own
+            kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
+            return_aux=AuxRequest(lse=True),
+        )
+        o_AHC, lse_AH = (x[0].transpose(0, 1)[:A] for x in (o, aux.lse))
+        if own is None:
             return o_AHC
-        lse_AH = [aux.lse[0].transpose(0, 1)] + [(q * dk).sum(-1).float() * scale for dk, _ in diagonal]
-        weights = torch.stack(lse_AH).softmax(0).to(v.dtype)[..., None]
-        o_AHC = weights[0] * o_AHC
-        for w, (_, dv) in zip(weights[1:], diagonal, strict=True):
-            o_AHC = o_AHC + w * dv
-        return o_AHC
+        diagonal.append(own)
+        # a single row is a case of its own to the compiler, and nothing to gain
+        return (merge if A > 1 else _merge)(o_AHC, lse_AH, q[:A], diagonal, scale)
 
     return attend
 
 
 def attention_form(
-    name: str | None, anchors: Tensor, cu_seqlens: Tensor, num_tokens: int, scale: float
+    name: str | None, anchors: Tensor, cu_seqlens: Tensor, k_THQ: Tensor, v_THC: Tensor, scale: float
 ) -> Attend:
     """The attention of an unroll's steps; by default `blocks` on CUDA and `documents` elsewhere.
 
@@ -159,12 +225,10 @@ def attention_form(
         name: `documents`, `blocks`, `whole` or None.
         anchors: rows that attend, ascending int64 [A].
         cu_seqlens: document boundaries, int32 [B+1].
-        num_tokens: T.
+        k_THQ, v_THC: keys and values of step 0.
         scale: factor of the logits.
     """
     if name is None:
         name = "blocks" if anchors.device.type == "cuda" else "documents"
-    if name == "documents":
-        return _by_document(anchors, cu_seqlens, scale)
-    form = {"blocks": _by_blocks, "whole": _whole}[name]
-    return form(anchors, cu_seqlens, num_tokens, scale)
+    form = {"documents": _by_document, "blocks": _by_blocks, "whole": _whole}[name]
+    return form(anchors, cu_seqlens, k_THQ, v_THC, scale)

@@ -122,7 +122,6 @@ def unroll(
     positions = every - per_row(cu_seqlens[:-1], cu_seqlens, T)
     if anchors is None:
         anchors = every
-    attend = attention_form(attention, anchors, cu_seqlens, T, layer.dims.softmax_scale)
 
     def tokens(rows: Tensor, s: int) -> Tensor:
         return input_ids[(rows + s + 1).clamp(max=T - 1)]
@@ -134,14 +133,15 @@ def unroll(
     q_THQ, k_THQ, v_THC = layer.self_attn.project(attended_TD, positions)
     all_rows = len(anchors) == T
     x_AD, q_AHQ = (x_TD, q_THQ) if all_rows else (x_TD[anchors], q_THQ[anchors])
-    diagonal: list[tuple[Tensor, Tensor]] = []
+    attend = attention_form(attention, anchors, cu_seqlens, k_THQ, v_THC, layer.dims.softmax_scale)
+    own: tuple[Tensor, Tensor] | None = None
     states: list[Tensor] = []
     for s in range(num_steps):
         if s:
             x_AD, attended_AD = layer.enter(tokens(anchors, s), carried)
             q_AHQ, k, v = layer.self_attn.project(attended_AD, positions[anchors] + s)
-            diagonal.append((k, v))
-        x_AD = x_AD + layer.self_attn.output(attend(q_AHQ, k_THQ, v_THC, diagonal))
+            own = k, v
+        x_AD = x_AD + layer.self_attn.output(attend(q_AHQ, own))
         x_AD = x_AD + layer.mlp(layer.post_attention_layernorm(x_AD))
         state_AD, carried = layer.leave(x_AD)
         states.append(state_AD)
