@@ -8,6 +8,9 @@ RUN/
   engine.1-of-1.log    dump: what the engine of that worker prints
   view.1-of-1/         dump: the target without sparse attention, as links, for that worker's engine
   metrics.jsonl        train: one line a step
+  metrics.jsonl.damaged  train: lines of metrics.jsonl that could not be read at a later start
+  tensorboard/         train: the same for TensorBoard, with train.tensorboard
+  wandb/               train: the same as Weights & Biases keeps it, with train.wandb_project
   checkpoints/
     latest             name of the newest checkpoint, one line, replaced by rename
     best.json          {"format": 1, "checkpoint": name, "acceptance_length"} by offline acceptance
@@ -49,6 +52,7 @@ __all__ = [
     "SETTINGS",
     "STORE",
     "SUMMARY",
+    "TENSORBOARD",
     "VERIFICATION",
     "VERIFY_WORK",
     "WEIGHTS",
@@ -71,6 +75,7 @@ STORE = "store"
 REJECTS = "rejects.jsonl"
 PROBE = "probe.npz"
 METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
 SETTINGS = "config.*.json"
 EVALUATIONS = "evaluate.*.json"
 EXPORT = {"mtp": "nextn", "eagle3": "eagle3"}  # export: the draft, by kind

@@ -192,12 +192,14 @@ class TrainConfig(Section):
     """Passes over the training documents, when `max_steps` is not set."""
     learning_rate: float = Field(3e-5, gt=0)
     """Peak learning rate."""
+    learning_rate_of: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Factor of the learning rate by name prefix of layer parameters, as in {"mlp.experts." = 0.5}."""
     warmup_steps: int = Field(20, ge=0)
     """Steps of linear warm-up; cosine decay to `min_learning_rate_ratio` follows."""
     min_learning_rate_ratio: float = Field(0.1, ge=0, le=1)
     """Last learning rate as a share of the peak."""
     weight_decay: float = Field(0.0, ge=0)
-    """AdamW weight decay."""
+    """AdamW weight decay; norms have none."""
     beta1: float = Field(0.9, ge=0, lt=1)
     """AdamW first-moment decay."""
     beta2: float = Field(0.95, ge=0, lt=1)
@@ -218,6 +220,10 @@ class TrainConfig(Section):
     """Steps between evaluations on the held-out documents."""
     evaluate_documents: int = Field(64, ge=1, json_schema_extra=FREE)
     """Held-out documents of one evaluation during training."""
+    tensorboard: bool = Field(False, json_schema_extra=FREE)
+    """Write what `metrics.jsonl` says for TensorBoard too, into `tensorboard` in the run directory."""
+    wandb_project: str | None = Field(None, min_length=1, json_schema_extra=FREE)
+    """Log what `metrics.jsonl` says to this project of Weights & Biases too."""
     loader_threads: int = Field(2, ge=1, json_schema_extra=FREE)
     """Threads that read documents ahead."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)

@@ -1,8 +1,9 @@
 """One packed batch through the unroll and the head: what training differentiates and evaluation counts.
 
-Legend: T tokens, D hidden_size, S steps, M predicted tokens.
+Legend: T tokens, D hidden_size, E experts, S steps, M predicted tokens.
 """
 
+import torch
 from torch import Tensor, nn
 
 from configs.schema import TrainConfig
@@ -26,6 +27,20 @@ class Draft(nn.Module):
         super().__init__()
         self.layer = layer
         self.train_config = train
+        # rows of training that the router sent to each expert, int64 [E], since they were last taken
+        self._rows_E = torch.zeros(layer.dims.n_routed_experts, dtype=torch.int64)
+        layer.mlp.get_submodule("gate").register_forward_hook(self._count_rows)
+
+    def _count_rows(self, _gate: nn.Module, _args: tuple[Tensor], chosen: tuple[Tensor, Tensor]) -> None:
+        if self.training:
+            ids = chosen[0].detach().flatten()
+            # bincount would wait for the device
+            self._rows_E = self._rows_E.to(ids.device).scatter_add_(0, ids, torch.ones_like(ids))
+
+    def take_expert_rows(self) -> Tensor:
+        """Rows sent to each expert, all draft steps added up, since the last call; int64 [E]."""
+        taken, self._rows_E = self._rows_E, torch.zeros_like(self._rows_E)
+        return taken
 
     def forward(self, batch: Packed, scored: Scored, weights_SM: Tensor) -> HeadLoss:
         """Unroll the anchors and compare every scored prediction with the target's.

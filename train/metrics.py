@@ -1,24 +1,49 @@
 """What a run says of itself: `metrics.jsonl`, one JSON object a step, and the text beside the progress bar.
 
-Legend: S draft steps, M predicted tokens.
+Legend: E experts, S draft steps, M predicted tokens, T tokens.
 """
 
+import hashlib
 import json
 import math
+import re
 import resource
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from configs.errors import ConfigError
 from configs.files import atomic_write
 from configs.progress import log
+from configs.run_dir import TENSORBOARD
+from configs.schema import RunConfig
+from train.attention import per_row
+from train.batch import Packed
+from train.dims import Dims
 from train.loss import HeadLoss
+from train.plan import check_sinks
+from train.unroll import Scored
 
-__all__ = ["Metrics", "Pace", "detail", "means", "sums"]
+__all__ = [
+    "Metrics",
+    "Pace",
+    "detail",
+    "device_tflops",
+    "expert_load",
+    "means",
+    "model_flops",
+    "open_sinks",
+    "sums",
+    "work",
+]
+
+# dense bfloat16, from the data sheets of the SXM forms
+TFLOPS = {"H100": 989.5, "H200": 989.5, "GH200": 989.5, "B200": 2250.0, "A100": 312.0}
 
 
 class Metrics:
@@ -29,10 +54,11 @@ class Metrics:
     Args:
         path: the file; None on ranks that write nothing.
         done: last step whose line stays; -1 for none.
+        sinks: are told every line as well.
     """
 
-    def __init__(self, path: Path | None, done: int) -> None:
-        self.path = path
+    def __init__(self, path: Path | None, done: int, sinks: Sequence["Sink"] = ()) -> None:
+        self.path, self.sinks = path, sinks
         if path is None:
             return
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
@@ -60,6 +86,63 @@ class Metrics:
             }
             with open(self.path, "a", encoding="utf-8") as f:
                 f.write(json.dumps({"step": step, **told}, allow_nan=False) + "\n")
+            numbers = {key: value for key, value in told.items() if isinstance(value, (int, float))}
+            for sink in self.sinks:
+                sink.write(step, numbers)
+
+    def close(self) -> None:
+        """End the sinks."""
+        for sink in self.sinks:
+            sink.close()
+
+
+class Sink(NamedTuple):
+    """Another place for what `metrics.jsonl` says."""
+
+    write: Callable[[int, dict[str, float]], None]
+    close: Callable[[], None]
+
+
+def open_sinks(config: RunConfig, done: int) -> list[Sink]:
+    """TensorBoard and Weights & Biases, as far as they are asked for; rank 0 only.
+
+    Raises:
+        ConfigError: the package is missing, or refuses.
+    """
+    train, run_dir, sinks = config.train, config.run.dir, []
+    check_sinks(train)
+    if train.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=done + 1)
+
+        def write(step: int, values: dict[str, float]) -> None:
+            for key, value in values.items():
+                writer.add_scalar(key, value, step)
+
+        sinks.append(Sink(write, writer.close))
+    if train.wandb_project is not None:
+        import wandb
+
+        # one run directory is one run there, however often it is started
+        name = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
+        settings = config.model_dump(mode="json", include={"run", "target", "train"})
+        try:
+            run = wandb.init(
+                project=train.wandb_project,
+                name=run_dir.name,
+                id=name,
+                dir=str(run_dir),
+                resume="allow",
+                config=settings,
+            )
+        except Exception as error:
+            raise ConfigError(
+                f"Weights & Biases refuses the project {train.wandb_project!r}: {error}",
+                "run `wandb login`, or set WANDB_MODE=offline",
+            ) from error
+        sinks.append(Sink(lambda step, values: run.log(values, step=step), run.finish))
+    return sinks
 
 
 def _step_of(line: bytes) -> int | None:
@@ -79,21 +162,40 @@ def _is_cut(line: bytes) -> bool:
 
 @dataclass
 class Pace:
-    """Tokens trained on and seconds waited for data since this process began to train."""
+    """Tokens trained on and seconds waited for data since this process began to train.
 
+    Args:
+        ranks: ranks that share the work.
+        dtype: of the matrix products.
+    """
+
+    ranks: int
+    dtype: torch.dtype
     started: float = field(default_factory=time.monotonic)
+    steps: int = 0
     tokens: int = 0
     waited: float = 0.0
 
-    def add(self, tokens: int, wait_s: float, step_s: float) -> dict[str, float]:
-        """Count a step of `step_s` seconds; returns its values for `metrics.jsonl`."""
-        self.tokens, self.waited = self.tokens + tokens, self.waited + wait_s
-        return {
+    def add(self, tokens: int, flops: float, wait_s: float, step_s: float, left: int) -> dict[str, float]:
+        """Count a step; returns its values for `metrics.jsonl`.
+
+        Args:
+            tokens, flops: of all ranks.
+            wait_s: seconds of the step that went into waiting for data.
+            step_s: seconds of the step.
+            left: steps to do after it.
+        """
+        self.steps, self.tokens, self.waited = self.steps + 1, self.tokens + tokens, self.waited + wait_s
+        values = {
             "train/tokens": tokens,
             "perf/tok_s": tokens / step_s,
+            "perf/tflops_per_rank": flops / step_s / self.ranks / 1e12,
+            "perf/seconds_left": self.seconds / self.steps * left,
             "data/wait_frac": wait_s / step_s,
             "mem/peak_gib": _memory_gib(),
         }
+        rate = _device_tflops(self.dtype)
+        return values | ({"perf/mfu": values["perf/tflops_per_rank"] / rate} if rate else {})
 
     @property
     def seconds(self) -> float:
@@ -101,10 +203,70 @@ class Pace:
         return time.monotonic() - self.started
 
 
+def _device_tflops(dtype: torch.dtype) -> float | None:
+    """What this device can do at most, where that is known: dense bfloat16 products, by its data sheet."""
+    if dtype != torch.bfloat16 or not torch.cuda.is_available():
+        return None
+    return device_tflops(torch.cuda.get_device_name())
+
+
+def device_tflops(name: str) -> float | None:
+    """Dense bfloat16 TFLOP/s of a device by its name; None for one that is not listed."""
+    words = re.split(r"[ -]", name)
+    return next((rate for word, rate in TFLOPS.items() if word in words and "PCIe" not in words), None)
+
+
 def _memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+
+
+def work(batch: Packed, scored: Scored) -> Tensor:
+    """What the cost of a batch follows from: anchors, keys of step 0 they see, predictions; float64 [3]."""
+    starts_T = per_row(batch.cu_seqlens[:-1], batch.cu_seqlens, len(batch.input_ids))
+    keys = (scored.anchors - starts_T[scored.anchors] + 1).sum()
+    return torch.stack(
+        [keys.new_tensor(len(scored.anchors)), keys, keys.new_tensor(len(scored.tokens))]
+    ).double()
+
+
+def model_flops(dims: Dims, tokens: int, anchors: int, keys: int, predictions: int, steps: int) -> float:
+    """Floating-point operations of the matrix products of an unroll and its loss, forward and backward.
+
+    Args:
+        dims: sizes of the layer.
+        tokens: tokens of all documents; step 0 projects them all.
+        anchors, keys, predictions: from `work`.
+        steps: draft steps.
+    """
+    D, H, V = dims.hidden_size, dims.num_attention_heads, dims.vocab_size
+    query = dims.qk_nope_head_dim + dims.qk_rope_head_dim
+    project = 2 * D * D + D * dims.q_lora_rank + dims.q_lora_rank * H * query
+    project += D * (dims.kv_lora_rank + dims.qk_rope_head_dim)
+    project += dims.kv_lora_rank * H * (dims.qk_nope_head_dim + dims.v_head_dim)
+    experts = 3 * (dims.num_experts_per_tok + dims.n_shared_experts) * D * dims.moe_intermediate_size
+    rest = H * dims.v_head_dim * D + dims.n_routed_experts * D + experts
+    layer = (tokens + (steps - 1) * anchors) * project + steps * anchors * rest
+    layer += steps * keys * H * (query + dims.v_head_dim)
+    # the head is frozen: the teacher's logits, and the students' with the gradient of their states alone
+    return 6 * layer + 2 * D * V * predictions * (1 + 2 * steps)
+
+
+def expert_load(rows_E: Tensor, passes: int) -> dict[str, float]:
+    """How evenly the router shares out its rows.
+
+    Args:
+        rows_E: rows sent to each expert by all passes.
+        passes: draft steps times micro-batches times ranks.
+    """
+    rows = rows_E.double()
+    mean = float(rows.mean())
+    return {
+        "moe/rows_per_expert": mean / passes,
+        "moe/max_over_mean": float(rows.max()) / mean if mean else 0.0,
+        "moe/idle_experts": int((rows == 0).sum()),
+    }
 
 
 def sums(found: HeadLoss, valid_SM: Tensor) -> Tensor:
@@ -136,11 +298,14 @@ def means(sums: Tensor, counts_S: Tensor, scale: int) -> dict[str, float]:
     return values | {f"train/overlap_pos{s + 1}": float(shares[1, s]) for s in range(num_steps)}
 
 
-def detail(values: dict[str, float], pace: Pace) -> str:
+def detail(values: dict[str, Any], pace: Pace) -> str:
     """The text beside the progress bar, from the values of the step just done."""
     top1 = " ".join(f"{value:.3f}" for name, value in values.items() if name.startswith("train/top1_pos"))
+    mfu = f" ({values['perf/mfu']:.0%} of the device)" if "perf/mfu" in values else ""
+    skipped = f" | skipped {values['train/skipped_steps']}" if values["train/skipped_steps"] else ""
     return (
         f"loss {values['train/loss']:.4f} | top1 {top1} | lr {values['train/lr']:.1e}"
-        f" | gnorm {values['train/grad_norm']:.2f} | {pace.tokens / pace.seconds:,.0f} tok/s"
+        f" | gnorm {values['train/grad_norm']:.2f}{skipped} | {pace.tokens / pace.seconds:,.0f} tok/s{mfu}"
+        f" | experts max {values['moe/max_over_mean']:.1f}x, {values['moe/idle_experts']} idle"
         f" | data {pace.waited / pace.seconds:.1%} | mem {values['mem/peak_gib']:.1f} GiB"
     )

@@ -1,19 +1,32 @@
 """What training will cost, from the settings and the target's config.json alone: no model, no GPU."""
 
+import difflib
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
-from configs.errors import StoreError, StoreNotFoundError
+from configs.errors import ConfigError, StoreError, StoreNotFoundError
 from configs.schema import RunConfig, TrainConfig
 from configs.target import target_config
 from export.check import refuse_name
 from export.keymap import keymap
 from featurestore import open_store, steps_per_epoch
 
-__all__ = ["Plan", "is_frozen", "plan", "total_steps"]
+__all__ = [
+    "Plan",
+    "check_prefixes",
+    "check_sinks",
+    "is_frozen",
+    "learning_rate_factor",
+    "plan",
+    "total_steps",
+]
 
 GIB = 2**30
+# a buffer, never trained
+BIAS = "e_score_correction_bias"
 # CUDA context, NCCL buffers, fragmentation
 OVERHEAD_BYTES = 5 * GIB
 
@@ -70,6 +83,62 @@ def is_frozen(name: str, train: TrainConfig) -> bool:
     return name.startswith(train.freeze)
 
 
+def learning_rate_factor(name: str, train: TrainConfig) -> float:
+    """What the learning rate of a parameter of the layer is multiplied by; the longest prefix decides."""
+    prefixes = [prefix for prefix in train.learning_rate_of if name.startswith(prefix)]
+    return train.learning_rate_of[max(prefixes, key=len)] if prefixes else 1.0
+
+
+def check_prefixes(names: Collection[str], train: TrainConfig) -> None:
+    """Refuse name prefixes that would do nothing.
+
+    Args:
+        names: the layer's parameters.
+        train: `freeze` and `learning_rate_of` are read; what `freeze` is by default may match nothing.
+
+    Raises:
+        ConfigError: a prefix fits no parameter, or all are frozen to which it would give another rate.
+    """
+    default = TrainConfig.model_fields["freeze"].default
+    trained = [name for name in names if not is_frozen(name, train)]
+    for key, prefixes, among in (
+        ("train.freeze", [p for p in train.freeze if p not in default], names),
+        ("train.learning_rate_of", list(train.learning_rate_of), trained),
+    ):
+        for prefix in prefixes:
+            if any(name.startswith(prefix) for name in among):
+                continue
+            if any(name.startswith(prefix) for name in names):
+                raise ConfigError(
+                    f"{key}: all that begins with {prefix!r} is frozen",
+                    "remove it, or a prefix of train.freeze",
+                )
+            parts = {name[: i + 1] for name in names for i, c in enumerate(name) if c == "."} | set(names)
+            near = difflib.get_close_matches(prefix, sorted(parts), n=3, cutoff=0.4)
+            raise ConfigError(
+                f"{key}: no parameter of the layer begins with {prefix!r}",
+                f"names are those of the checkpoint without its layer prefix, for example"
+                f" {', '.join(near or ['self_attn.o_proj.weight', 'mlp.experts.'])}",
+            )
+    if not trained:
+        raise ConfigError("train.freeze leaves nothing to train", "remove a prefix from train.freeze")
+
+
+def check_sinks(train: TrainConfig) -> None:
+    """Refuse to log where the package for it is missing.
+
+    Raises:
+        ConfigError: which setting needs which package.
+    """
+    wanted = {"tensorboard": train.tensorboard, "wandb": train.wandb_project is not None}
+    for package, key in (("tensorboard", "tensorboard"), ("wandb", "wandb_project")):
+        if wanted[package] and find_spec(package) is None:
+            raise ConfigError(
+                f"train.{key} needs the package {package}, which is not installed",
+                f"pip install {package}, or leave the setting out",
+            )
+
+
 def total_steps(config: RunConfig, steps_per_epoch: int) -> int:
     """Optimizer steps of a run: `train.max_steps`, or enough for `train.epochs`."""
     train = config.train
@@ -113,7 +182,8 @@ def plan(config: RunConfig) -> Plan:
     """Work out what `layer61 train` will do.
 
     Raises:
-        ConfigError: `target.path` is not set, or vLLM would not load the export from where it will lie.
+        ConfigError: `target.path` is not set, a setting would do nothing or needs a package that
+            is missing, or vLLM would not load the export from where it will lie.
         InputError: config.json describes another architecture.
         StoreError: there is a store and it cannot be read.
     """
@@ -121,9 +191,12 @@ def plan(config: RunConfig) -> Plan:
     refuse_name(config.export_dir)  # now, not after the days that training takes
     model = target_config(config.require_target(), planning=True)
     trainable = frozen = 0
-    for op in keymap(model):
+    ops = keymap(model)
+    check_sinks(train)
+    check_prefixes([op.training for op in ops if not op.training.endswith(BIAS)], train)
+    for op in ops:
         count = math.prod(op.shape)
-        if op.training.endswith("e_score_correction_bias") or is_frozen(op.training, train):
+        if op.training.endswith(BIAS) or is_frozen(op.training, train):
             frozen += count
         else:
             trainable += count

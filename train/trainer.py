@@ -30,7 +30,7 @@ from train import checkpoint, zero
 from train.batch import Packed, check_contract, check_lengths, held_out, pack, state_column
 from train.draft import Draft
 from train.evaluate import measure
-from train.metrics import Metrics, Pace, detail, means, sums
+from train.metrics import Metrics, Pace, detail, expert_load, means, model_flops, open_sinks, sums, work
 from train.plan import total_steps
 from train.unroll import Scored
 
@@ -146,7 +146,7 @@ def _train(config: RunConfig, rank: int, world: int, caught: list[int]) -> dict[
     device, dtype = zero.device(), zero.dtype_of(settings)
     if run.step == 0:
         _evaluate(run)
-    pace, stop = Pace(), 0
+    pace, stop = Pace(world, dtype), 0
     with task("train", run.total, start=run.step) if rank == 0 else contextlib.nullcontext() as bar:
         while run.step < run.total:
             began = time.monotonic()
@@ -159,8 +159,8 @@ def _train(config: RunConfig, rank: int, world: int, caught: list[int]) -> dict[
             counts_S, tokens, stop = _agree(batches, scored, caught)
             if stop:
                 break
-            values = _step(run, batches, scored, counts_S)
-            values |= pace.add(tokens, wait_s, time.monotonic() - began)
+            values, flops = _step(run, batches, scored, counts_S, tokens)
+            values |= pace.add(tokens, flops, wait_s, time.monotonic() - began, run.total - run.step)
             values |= _count_skipped(run, batches, values)
             run.metrics.write(run.step, values)
             if bar is not None:
@@ -171,6 +171,7 @@ def _train(config: RunConfig, rank: int, world: int, caught: list[int]) -> dict[
             if last or run.step % settings.checkpoint_every == 0:
                 _save(run)
     run.loader.close()
+    run.metrics.close()
     if stop:
         if run.saved_step != run.step:
             _save(run)
@@ -203,7 +204,9 @@ def _open(config: RunConfig, rank: int, world: int) -> _Run:
         require_same(held, agreed, what, hint="choose another run directory")
         loader.load_state_dict(saved.meta["loader"])
     done, total = _steps_left(config, loader, saved)
-    metrics = Metrics(config.run.dir / METRICS if first else None, done if saved else -1)
+    last = done if saved else -1
+    sinks = open_sinks(config, last) if first else []
+    metrics = Metrics(config.run.dir / METRICS if first else None, last, sinks)
 
     # the layer is partitioned from its first byte on
     ds_config = zero.deepspeed_config(
@@ -275,29 +278,40 @@ def _agree(batches: list[Packed], scored: list[Scored], caught: list[int]) -> tu
     return agreed[:-3], tokens, next((n for n, ranks in zip(STOPS, asked, strict=True) if ranks), 0)
 
 
-def _step(run: _Run, batches: list[Packed], scored: list[Scored], counts_S: Tensor) -> dict[str, Any]:
-    """One optimizer step; returns its `train/` values for `metrics.jsonl`, the same on every rank.
+def _step(
+    run: _Run, batches: list[Packed], scored: list[Scored], counts_S: Tensor, tokens: int
+) -> tuple[dict[str, Any], float]:
+    """One optimizer step; without finite gradients DeepSpeed leaves parameters and optimizer as they are.
 
-    Without finite gradients DeepSpeed leaves parameters and optimizer as they are.
+    Returns:
+        Its values for `metrics.jsonl` and its floating-point operations, the same on every rank.
     """
     settings, num_steps = run.config.train, len(counts_S)
     device = counts_S.device
     rate = learning_rate(settings, run.step, run.total)
     for group in run.engine.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["factor"]
     share_S = torch.tensor([settings.step_decay**s for s in range(num_steps)], dtype=torch.float64)
     share_S = (share_S / share_S.sum()).to(device)
     # DeepSpeed takes the mean over ranks and micro-batches; the loss is one over predictions
     weight_S = (share_S / counts_S.clamp(min=1) * run.loader.world_size * len(batches)).float()
     total = torch.zeros(1 + 2 * num_steps, dtype=torch.float64, device=device)
+    sizes = torch.zeros(3, dtype=torch.float64, device=device)
     for batch, rows in zip(batches, scored, strict=True):
         found = run.engine(batch, rows, rows.valid * weight_S[:, None])
         run.engine.backward(found.loss)
         run.engine.step()
         total += sums(found, rows.valid)
-    values = means(zero.reduce(total), counts_S, run.loader.world_size * len(batches))
+        sizes += work(batch, rows)
+    draft, passes = run.engine.module, run.loader.world_size * len(batches)
+    parts = (total, sizes, draft.take_expert_rows().to(device, torch.float64))
+    total, sizes, rows_E = zero.reduce(torch.cat(parts)).split([len(part) for part in parts])
     run.step, run.position = run.step + 1, run.loader.state_dict()
-    return values | {"train/lr": rate, "train/grad_norm": float(run.engine.get_global_grad_norm())}
+    anchors, keys, predictions = map(int, sizes.tolist())
+    values = means(total, counts_S, passes)
+    values |= {"train/lr": rate, "train/grad_norm": float(run.engine.get_global_grad_norm())}
+    values |= {"data/anchor_share": anchors / tokens} | expert_load(rows_E, passes * num_steps)
+    return values, model_flops(draft.layer.dims, tokens, anchors, keys, predictions, num_steps)
 
 
 def _count_skipped(run: _Run, batches: list[Packed], values: dict[str, Any]) -> dict[str, Any]:

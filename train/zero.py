@@ -24,14 +24,13 @@ import deepspeed
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from configs.errors import Layer61Error
 from configs.schema import TrainConfig
 from export.checkpoint import Checkpoint
 from export.keymap import keymap
 from train.dims import Dims
 from train.model import layer_tensors, load_tables
 from train.mtp import MTPLayer
-from train.plan import is_frozen
+from train.plan import check_prefixes, is_frozen, learning_rate_factor
 
 __all__ = [
     "build_layer",
@@ -159,6 +158,7 @@ def build_layer(
     # only rank 0 reads; the partitions travel from there
     tensors = layer_tensors(target, weights, dtype=dtype) if first else None
     parameters, buffers = dict(layer.named_parameters()), dict(layer.named_buffers())
+    check_prefixes(parameters, train)
     for op in keymap(target.config):
         name, value = next(tensors) if tensors is not None else (op.training, None)
         assert name == op.training
@@ -177,19 +177,25 @@ def build_layer(
     load_tables(layer, target, dtype=dtype, device=device())
     for name, parameter in parameters.items():
         parameter.requires_grad_(not is_frozen(name, train))
-    if not any(p.requires_grad for p in parameters.values()):
-        raise Layer61Error("train.freeze leaves nothing to train", "remove a prefix from train.freeze")
     layer.mlp.experts.backend = None if train.moe_backend == "auto" else train.moe_backend  # type: ignore[union-attr]
     return layer
 
 
 def initialize(module: nn.Module, train: TrainConfig, ds_config: dict[str, Any]) -> Any:
-    """Wrap a module whose layer came from `build_layer` in a DeepSpeed engine with AdamW."""
+    """Wrap a module, whose `layer` came from `build_layer`, in a DeepSpeed engine with AdamW.
+
+    Its groups of parameters say as `factor` what their learning rate is multiplied by.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in module.get_submodule("layer").named_parameters():
+        if parameter.requires_grad:
+            # gains of norms are meant to be near 1, not near 0
+            decay = train.weight_decay if len(parameter.ds_shape) > 1 else 0.0
+            groups.setdefault((learning_rate_factor(name, train), decay), []).append(parameter)
     optimizer = torch.optim.AdamW(
-        [p for p in module.parameters() if p.requires_grad],
+        [{"params": found, "factor": f, "weight_decay": decay} for (f, decay), found in groups.items()],
         lr=train.learning_rate,
         betas=(train.beta1, train.beta2),
-        weight_decay=train.weight_decay,
         fused=True,
     )
     engine, *_ = deepspeed.initialize(
