@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 import featurestore.dtype  # noqa: F401  registers bfloat16 with zarr
-from featurestore import Loader, StoreWriter, open_store, publish
+from featurestore import FeatureStore, Loader, StoreWriter, open_store, publish
 from featurestore.order import epoch_order, plan
 
 WIDTH = 7168
@@ -37,6 +37,7 @@ GOALS = {
     "read_vs_torch_load": (">=", 1.5),
     "read_vs_zarr": (">=", 3.0),
     "loader_2_threads": (">=", 1.3),
+    "state_of_4_vs_only_state": (">=", 0.8),
     "packing_fill": (">=", 0.95),
     "plan_ms_64_ranks": ("<", 20.0),
     "order_s_5m": ("<", 5.0),
@@ -307,6 +308,40 @@ def bench_loader(data: Data, rounds: int, table: Table) -> dict[str, float]:
     }
 
 
+def bench_states(data: Data, rounds: int, table: Table) -> dict[str, float]:
+    """The last of four stored states beside a store of that state alone: useful bytes a second."""
+    root, count = data.root / "four", data.count // 2
+    with StoreWriter(root, {"format": 1}, run="bench", durable=False) as writer:
+        for i in range(count):
+            # the others hold something else, so that a wrong column shows
+            others = data.hidden[i].roll(1, 2).expand(-1, 3, -1)
+            writer.append(i, data.ids[i], data.mask[i], torch.cat([others, data.hidden[i]], 1))
+    publish(root)
+    four, one = open_store(root), open_store(data.store)
+    for i in range(count):
+        assert torch.equal(four.read(i, states=[3]).hidden, data.hidden[i])
+    readers = Readers(data)
+
+    def run(store: FeatureStore, states: list[int]) -> Callable[[int], None]:
+        def run(round_: int) -> None:
+            for i, a, b in readers._rows(np.random.default_rng(round_).permutation(count).tolist()):
+                store.read_into(i, 0, b - a, readers.ids[a:b], readers.mask[a:b], readers.bits[a:b], states)
+
+        return run
+
+    contenders = {"state 3 of 4": run(four, [3]), "the only state": run(one, [0])}
+    for contender in contenders.values():
+        contender(0)
+    result = Rounds(rounds)
+    result.run(rounds, contenders)
+    gb = int(data.lengths[:count].sum()) * WIDTH * 2 / 1e9
+    for name in contenders:
+        cpu = statistics.median(result.cpu[name]) / gb
+        table.add_row(f"read warm: {name}", f"{gb / result.median(name):.2f}", f"{cpu:.3f}", "")
+    remove(root)
+    return {"state_of_4_vs_only_state": result.ratio("state 3 of 4", "the only state")}
+
+
 def bench_plan(table: Table) -> dict[str, float]:
     lengths = draw_lengths(20_000, 3)
     uid = np.random.default_rng(4).integers(0, 2**63, len(lengths), dtype=np.uint64)
@@ -383,6 +418,7 @@ def main() -> None:
         values = bench_loader(data, rounds, table)
         values |= bench_reads(data, rounds, table)
         remove(data.files)
+        values |= bench_states(data, rounds, table)
         values |= bench_writes(data, rounds, table)
         values |= bench_plan(table)
     finally:

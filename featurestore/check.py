@@ -19,7 +19,7 @@ from rich.text import Text
 
 from configs.errors import StoreCorruptError, StoreError, StoreNotFoundError, StoreVersionError
 from configs.progress import task
-from featurestore.layout import SCHEMA, dump_json, group_metadata, object_path
+from featurestore.layout import SCHEMA, dump_json, group_metadata, object_path, token_shards
 from featurestore.manifest import (
     _publish,
     checked_object,
@@ -30,13 +30,12 @@ from featurestore.manifest import (
     read_manifest,
 )
 from featurestore.objects import Objects, open_objects
-from featurestore.reader import SHARDED, FeatureStore, open_shard, read_table
+from featurestore.reader import FeatureStore, open_shard, read_table
 from featurestore.writer import committed_parts, read_root
 
 __all__ = ["Problem", "Report", "render_report", "verify"]
 
 CHECKED_FIELDS = ("start", "length", "n_loss", "held_out", "crc_before", "crc_after")
-SHARD_OBJECTS = {object_path(array): array for array in SHARDED}
 
 
 @dataclass(frozen=True)
@@ -231,6 +230,7 @@ def _check_part(
     except StoreError as error:
         bad("zarr.json", error.message)
         return problems
+    shard_objects = {object_path(array): array for array in token_shards(record)}
     sizes = {found[len(path) + 1 :]: size for found, size in objects.entries(path)}
     for extra in sorted(sizes.keys() - record["objects"].keys() - {"zarr.json"}):
         bad(extra, "does not belong to the part")
@@ -239,7 +239,7 @@ def _check_part(
             bad(object_, "is missing")
         elif sizes[object_] != expected["bytes"]:
             bad(object_, f"{sizes[object_]} bytes, {expected['bytes']} expected")
-        elif object_ not in SHARD_OBJECTS:
+        elif object_ not in shard_objects:
             advance(expected["bytes"])
             try:
                 checked_object(objects, f"{path}/{object_}", expected, f"part {name}")
@@ -247,7 +247,7 @@ def _check_part(
                 bad(object_, "fails its checksum")
     if record["documents"] and not any(p.object == object_path("chunk_crc32c") for p in problems):
         table = read_table(objects, entry)
-        for object_, array in SHARD_OBJECTS.items():
+        for object_, array in shard_objects.items():
             if not any(p.object == object_ for p in problems):
                 text = _check_shard(objects, entry, array, table[array], advance)
                 if text:

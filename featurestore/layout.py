@@ -30,6 +30,7 @@ __all__ = [
     "part_arrays",
     "seal",
     "shard_bytes",
+    "token_shards",
     "unseal",
     "unseal_group",
 ]
@@ -94,8 +95,24 @@ def shard_bytes(rows: int, row_bytes: int, chunk_rows: int) -> int:
 
 
 def object_path(array: str) -> str:
-    """Path of the one data object of an array, below its group."""
-    return "hidden/c/0/0/0" if array == "hidden" else f"{array}/c/0"
+    """Path of a data object below its group: of an array that is one object, or of one state of `hidden`.
+
+    State s of a part that holds each state in an object of its own is called `hidden.s`, the first `hidden`.
+    """
+    name, _, state = array.partition(".")
+    return f"hidden/c/0/{state or 0}/0" if name == "hidden" else f"{array}/c/0"
+
+
+def token_shards(record: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Bytes of a row and rows of a chunk of every sharded object, in the order of the checksum table.
+
+    Args:
+        record: of a part, or its entry in a manifest.
+    """
+    shards = record.get("state_shards", 1)
+    row = record["states"] // shards * record["hidden_size"] * 2
+    hidden = {f"hidden.{s}" if s else "hidden": (row, record["chunk_tokens"]) for s in range(shards)}
+    return hidden | {"input_ids": (4, TOKEN_CHUNK), "loss_mask": (1, TOKEN_CHUNK)}
 
 
 def array_checksum(data: bytes | memoryview) -> int | None:
@@ -114,9 +131,14 @@ ZSTD = {"name": "zstd", "configuration": {"level": 1, "checksum": False}}
 
 
 def array_metadata(
-    shape: list[int], dtype: str, dimensions: list[str], chunk_rows: int | None = None, zstd: bool = False
+    shape: list[int],
+    dtype: str,
+    dimensions: list[str],
+    chunk_rows: int | None = None,
+    zstd: bool = False,
+    shards: int = 1,
 ) -> dict[str, Any]:
-    """The `zarr.json` of an array that is one object.
+    """The `zarr.json` of an array that is one object, or of one that is cut along its second axis.
 
     Args:
         shape: shape of the array; its first axis is cut into chunks.
@@ -124,13 +146,16 @@ def array_metadata(
         dimensions: one name an axis.
         chunk_rows: rows of a chunk inside the one shard; None stores a single unsharded chunk.
         zstd: compress the chunks with zstd level 1.
+        shards: objects into which the second axis is cut.
     """
     codecs: list[dict[str, Any]] = [BYTES, *([ZSTD] if zstd else []), CRC32C]
     outer = [max(shape[0], 1), *shape[1:]]  # an axis without elements still has a chunk size
     if chunk_rows is not None:
         outer[0] = chunk_count(shape[0], chunk_rows) * chunk_rows
+        if shards > 1:
+            outer[1] //= shards
         sharding = {
-            "chunk_shape": [chunk_rows, *shape[1:]],
+            "chunk_shape": [chunk_rows, *outer[1:]],
             "codecs": codecs,
             "index_codecs": [BYTES, CRC32C],
             "index_location": "end",
@@ -155,10 +180,11 @@ def part_arrays(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     T, N, chunk_tokens = record["tokens"], record["documents"], record["chunk_tokens"]
     if not N:
         return {}
-    chunks = chunk_count(T, chunk_tokens) + 2 * chunk_count(T, TOKEN_CHUNK)
+    chunks = sum(chunk_count(T, rows) for _, rows in token_shards(record).values())
+    zstd, shards = record["compression"] == "zstd", record.get("state_shards", 1)
     shape, axes = [T, record["states"], record["hidden_size"]], ["token", "state", "channel"]
     return {
-        "hidden": array_metadata(shape, "bfloat16", axes, chunk_tokens, record["compression"] == "zstd"),
+        "hidden": array_metadata(shape, "bfloat16", axes, chunk_tokens, zstd, shards),
         "input_ids": array_metadata([T], "uint32", ["token"], TOKEN_CHUNK),
         "loss_mask": array_metadata([T], "uint8", ["token"], TOKEN_CHUNK),
         "sample_offset": array_metadata([N + 1], "uint64", ["offset"]),

@@ -4,7 +4,7 @@ Shapes: T tokens of a batch, B documents, S states of a token, D width of a stat
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -53,7 +53,8 @@ class _Buffers:
         def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(*shape, dtype=dtype, pin_memory=pin)
 
-        self.hidden = empty(capacity, states, width, dtype=torch.bfloat16)
+        # one state of all tokens after the other, as the store holds them
+        self.hidden = empty(states, capacity, width, dtype=torch.bfloat16).transpose(0, 1)
         self.input_ids = empty(capacity, dtype=torch.int64)
         self.loss_mask = empty(capacity, dtype=torch.bool)
         self.cu_seqlens = empty(capacity + 1, dtype=torch.int32)
@@ -80,6 +81,7 @@ class Loader:
         pin: page-locked host memory, for copies to a GPU.
         epochs: stop after so many passes; the last step is then what is left, and a rank's share of it may be
             empty. None goes on for ever.
+        states: which states of a token to read, in which order; all of them by default.
 
     Raises:
         ConfigError: a document is longer than `tokens_per_rank`, or the split is empty.
@@ -98,6 +100,7 @@ class Loader:
         ring: int = 3,
         pin: bool = False,
         epochs: int | None = None,
+        states: Sequence[int] | None = None,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank is {rank}, world_size {world_size}", "ranks count from 0")
@@ -105,7 +108,7 @@ class Loader:
             raise ConfigError(f"a loader needs at least 2 buffers and 1 thread, not {ring} and {threads}")
         self.tokens_per_rank, self.rank, self.world_size = tokens_per_rank, rank, world_size
         self.seed, self.split, self.threads, self.ring, self.epochs = seed, split, threads, ring, epochs
-        self._pin = pin
+        self._pin, self.states = pin, states
         self._ring: list[_Buffers] = []
         self._pool: ThreadPoolExecutor | None = None
         self._ahead: deque[tuple[Step, _Buffers, list[Future[None]]]] = deque()
@@ -173,7 +176,8 @@ class Loader:
 
     def _start(self) -> None:
         if not self._ring:
-            shape = (self.tokens_per_rank, self.store.states, self.store.hidden_size)
+            states = self.store.states if self.states is None else len(self.states)
+            shape = (self.tokens_per_rank, states, self.store.hidden_size)
             self._ring = [_Buffers(*shape, self._pin) for _ in range(self.ring)]
         self._free, self._held = deque(self._ring), None
         self._pool = self._pool or ThreadPoolExecutor(self.threads, thread_name_prefix="loader")
@@ -209,7 +213,9 @@ class Loader:
     def _read(self, documents: Iterator[tuple[int, int, int]], buffers: _Buffers) -> None:
         for document, row, stop in documents:
             ids, mask = buffers.raw_ids[row:stop], buffers.mask_bytes[row:stop]
-            self.store.read_into(document, 0, stop - row, ids, mask, buffers.hidden_bits[row:stop])
+            self.store.read_into(
+                document, 0, stop - row, ids, mask, buffers.hidden_bits[row:stop], self.states
+            )
 
     def _batch(self, step: Step, buffers: _Buffers) -> Batch:
         numbers = step.bins[self.rank]

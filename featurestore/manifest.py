@@ -30,6 +30,7 @@ from featurestore.layout import (
     object_path,
     part_arrays,
     seal,
+    token_shards,
     unseal,
     unseal_group,
 )
@@ -182,7 +183,9 @@ def part_entry(objects: Objects, name: str, path: str) -> tuple[dict[str, Any], 
         raise StoreCorruptError(
             f"part {name}: zarr.json does not agree with its own record", VERIFY_HINT.format(objects.url)
         )
-    sizes = record["objects"]
+    sizes, shards = record["objects"], record.get("state_shards", 1)
+    states = [s for s in token_shards(record) if s.startswith("hidden")] if sizes else []
+    state_bytes = [sizes[object_path(s)]["bytes"] for s in states]
     entry = {
         "name": name,
         "path": path,
@@ -194,6 +197,8 @@ def part_entry(objects: Objects, name: str, path: str) -> tuple[dict[str, Any], 
         "compression": record["compression"],
         "chunk_tokens": record["chunk_tokens"],
         "hidden_bytes": sizes[object_path("hidden")]["bytes"] if sizes else 0,
+        # where each state is an object of its own, their sizes
+        **({"state_shards": shards, "state_bytes": state_bytes} if shards > 1 else {}),
         "meta_crc32c": f"{crc32c(data):08x}",
         "table_crc32c": sizes[object_path("chunk_crc32c")]["crc32c"] if sizes else "00000000",
     }

@@ -11,7 +11,7 @@ Shapes: T tokens of a document, S states of a token, D width of a state.
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -24,13 +24,13 @@ from configs.contract import store_contract
 from configs.errors import StoreCorruptError, StoreError
 from featurestore.layout import (
     CRC_BYTES,
-    TOKEN_CHUNK,
     VERIFY_HINT,
     array_checksum,
     chunk_count,
     chunk_stride,
     object_path,
     shard_bytes,
+    token_shards,
 )
 from featurestore.manifest import checked_object, one_chunk, read_index, read_manifest, require_root
 from featurestore.objects import Objects, RangeFile, Window, open_objects
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Document", "FeatureStore", "open_store"]
 
-OPEN_PARTS = 128  # three file descriptors each
+OPEN_FILES = 384
 
 
 @dataclass(frozen=True)
@@ -234,16 +234,13 @@ class Shard:
         return "the shard index does not describe the chunks"
 
 
-SHARDED = ("hidden", "input_ids", "loss_mask")  # in the order of the checksum table
-
-
 def open_shard(objects: Objects, entry: dict[str, Any], array: str) -> Shard:
     """Open one token array of a part by its manifest entry; its size must be the manifest's."""
-    row_bytes = {"hidden": entry["states"] * entry["hidden_size"] * 2, "input_ids": 4, "loss_mask": 1}[array]
-    chunk_rows = entry["chunk_tokens"] if array == "hidden" else TOKEN_CHUNK
+    row_bytes, chunk_rows = token_shards(entry)[array]
     size = shard_bytes(entry["tokens"], row_bytes, chunk_rows)
-    if array == "hidden":
-        size = entry["hidden_bytes"]  # compressed or not
+    if states := array.startswith("hidden"):
+        # compressed or not
+        size = entry.get("state_bytes", [entry["hidden_bytes"]])[int(array.partition(".")[2] or 0)]
     try:
         file = objects.open(f"{entry['path']}/{object_path(array)}", size)
     except FileNotFoundError:
@@ -253,26 +250,26 @@ def open_shard(objects: Objects, entry: dict[str, Any], array: str) -> Shard:
     shard = Shard(file, entry["name"], array, objects.url, entry["tokens"], row_bytes, chunk_rows)
     if file.size != size:
         raise shard.corrupt(f"{file.size} bytes, {size} expected")
-    if array == "hidden" and entry["compression"] != "none":
+    if states and entry["compression"] != "none":
         shard.index = shard.read_index()
     return shard
 
 
 def read_table(objects: Objects, entry: dict[str, Any]) -> dict[str, list[int]]:
     """Checksums of the chunks of each token array of a part."""
-    counts = [chunk_count(entry["tokens"], entry["chunk_tokens"])]
-    counts += 2 * [chunk_count(entry["tokens"], TOKEN_CHUNK)]
+    shards = token_shards(entry)
+    counts = [chunk_count(entry["tokens"], rows) for _, rows in shards.values()]
     expected = {"bytes": sum(counts) * 4 + CRC_BYTES, "crc32c": entry["table_crc32c"]}
     name = f"{entry['path']}/{object_path('chunk_crc32c')}"
     crcs = one_chunk(checked_object(objects, name, expected, f"part {entry['name']}"), "<u4").tolist()
     ends = np.cumsum([0, *counts]).tolist()
-    return {array: crcs[ends[i] : ends[i + 1]] for i, array in enumerate(SHARDED)}
+    return {array: crcs[ends[i] : ends[i + 1]] for i, array in enumerate(shards)}
 
 
 def open_part(objects: Objects, entry: dict[str, Any]) -> dict[str, Shard]:
     """The token arrays of a part, ready to be read."""
     table = read_table(objects, entry)
-    shards = {array: open_shard(objects, entry, array) for array in SHARDED}
+    shards = {array: open_shard(objects, entry, array) for array in token_shards(entry)}
     for array, shard in shards.items():
         shard.crcs = table[array]
     return shards
@@ -346,8 +343,16 @@ class FeatureStore:
     def __repr__(self) -> str:
         return f"FeatureStore({self.url!r}, version={self.version}, documents={len(self)})"
 
-    def read(self, i: int, start: int = 0, stop: int | None = None) -> Document:
+    def read(
+        self, i: int, start: int = 0, stop: int | None = None, states: Sequence[int] | None = None
+    ) -> Document:
         """Document `i` of the manifest's order, or tokens [start, stop) of it.
+
+        Args:
+            i: number of the document.
+            start, stop: the tokens.
+            states: which states of a token to read, in which order; all of them by default. Where each lies
+                in an object of its own, the others cost nothing.
 
         Raises:
             IndexError: no such document or range.
@@ -363,8 +368,9 @@ class FeatureStore:
             raise IndexError(f"tokens {start} to {stop} of document {i}, which has {length}")
         ids = np.empty(stop - start, np.uint32)
         mask = np.empty(stop - start, np.uint8)
-        hidden = torch.empty(stop - start, self.states, self.hidden_size, dtype=torch.bfloat16)
-        self.read_into(i, start, stop, ids, mask, hidden.view(torch.uint16).numpy())
+        count = self.states if states is None else len(states)
+        hidden = torch.empty(count, stop - start, self.hidden_size, dtype=torch.bfloat16).transpose(0, 1)
+        self.read_into(i, start, stop, ids, mask, hidden.view(torch.uint16).numpy(), states)
         return Document(
             uid=int(self.uid[i]),
             input_ids=torch.from_numpy(ids.astype(np.int64)),
@@ -376,25 +382,50 @@ class FeatureStore:
         )
 
     def read_into(
-        self, i: int, start: int, stop: int, ids: np.ndarray, mask: np.ndarray, hidden: np.ndarray
+        self,
+        i: int,
+        start: int,
+        stop: int,
+        ids: np.ndarray,
+        mask: np.ndarray,
+        hidden: np.ndarray,
+        states: Sequence[int] | None = None,
     ) -> None:
-        """Fill uint32 [T], uint8 [T] and uint16 [T, S, D] (C-contiguous) with tokens [start, stop)."""
+        """Fill uint32 [T], uint8 [T] and uint16 [T, S, D] with tokens [start, stop); `states` as in `read`.
+
+        Nothing is copied in memory where `hidden[:, s]` is C-contiguous.
+        """
         index = self._index
         part = self._part(int(index["part"][i]))
+        wanted = range(self.states) if states is None else states
+        names = [name for name in part if name.startswith("hidden")]
         edges = None
-        if start == 0 and stop == self.length[i] and part["hidden"].index is None:
+        if start == 0 and stop == self.length[i] and part[names[-1]].index is None:
             edges = int(index["crc_before"][i]), int(index["crc_after"][i])
         first = int(index["start"][i])
         start, stop = first + start, first + stop
-        shards = [part[array] for array in SHARDED]
-        windows = self.objects.windows(
-            [
-                (shard.file, *shard.span(start, stop, exact=edges is not None and shard is part["hidden"]))
-                for shard in shards
-            ]
-        )
-        for shard, window, out in zip(shards, windows, (hidden, ids, mask), strict=True):
-            shard.read(window, start, stop, out.data.cast("B"), edges if shard is part["hidden"] else None)
+        # one object holds all states, or each has its own
+        whole = len(names) < self.states
+        chosen = names if whole and len(wanted) else [names[s] for s in wanted]
+        shards = [part[name] for name in (*chosen, "input_ids", "loss_mask")]
+        known = [edges if name == names[-1] else None for name in chosen] + [None, None]
+        spans = [
+            (shard.file, *shard.span(start, stop, exact=e is not None))
+            for shard, e in zip(shards, known, strict=True)
+        ]
+        out = [hidden[:, column] for column in range(len(chosen))]
+        if whole:
+            out = [np.empty((stop - start, self.states, self.hidden_size), np.uint16)] if chosen else []
+        # memory of one column that has the others between its rows
+        rows = [x if x.flags.c_contiguous else np.empty(x.shape, x.dtype) for x in (*out, ids, mask)]
+        for shard, window, filled, e in zip(shards, self.objects.windows(spans), rows, known, strict=True):
+            shard.read(window, start, stop, filled.data.cast("B"), e)
+        if whole:
+            hidden[:] = rows[0][:, list(wanted)] if chosen else hidden
+        else:
+            for into, filled in zip(out, rows, strict=False):
+                if into is not filled:
+                    into[:] = filled
 
     def _part(self, number: int) -> dict[str, Shard]:
         with self._lock:
@@ -405,7 +436,7 @@ class FeatureStore:
         part = open_part(self.objects, self.manifest["parts"][number])
         with self._lock:
             self._parts[number] = part
-            while len(self._parts) > OPEN_PARTS:
+            while len(self._parts) * len(part) > OPEN_FILES and len(self._parts) > 1:
                 self._parts.popitem(last=False)
         return part
 

@@ -25,7 +25,6 @@ from configs.errors import InputError, PartExistsError, StoreCorruptError, Store
 from featurestore.layout import (
     CRC_BYTES,
     SCHEMA,
-    TOKEN_CHUNK,
     VERIFY_HINT,
     check_name,
     chunk_stride,
@@ -34,6 +33,7 @@ from featurestore.layout import (
     hidden_chunk_tokens,
     object_path,
     part_arrays,
+    token_shards,
     unseal_group,
 )
 from featurestore.objects import Objects, Stream, open_objects
@@ -266,7 +266,9 @@ class StoreWriter:
         try:
             if self._staging is None:
                 self._begin(bits.shape[1:])
-            self._shards["hidden"].append(bits.data.cast("B"))
+            states = self._state_shards()
+            for shard, column in zip(states, np.split(bits, len(states), 1), strict=True):
+                shard.append(np.ascontiguousarray(column).data.cast("B"))
             self._shards["input_ids"].append(ids.data.cast("B"))
             self._shards["loss_mask"].append(mask.data.cast("B"))
         except BaseException as error:
@@ -275,12 +277,12 @@ class StoreWriter:
             raise
         self._uids[uid] = None
         self._offsets.append(self._offsets[-1] + len(ids))
-        self._crcs.append(self._shards["hidden"].crc)
+        self._crcs.append(self._state_shards()[-1].crc)
         self._n_loss.append(int(mask.sum(dtype=np.int64)))
         if held_out:
             self._held_out.append(len(self._n_loss) - 1)
         self._sample_source.append(self._sources.setdefault(str(source), len(self._sources)))
-        if self.exact is None and self._shards["hidden"].position >= self.part_bytes:
+        if self.exact is None and sum(s.position for s in self._state_shards()) >= self.part_bytes:
             self.commit()
 
     def _lost(self) -> StoreError:
@@ -309,22 +311,29 @@ class StoreWriter:
 
     def _begin(self, shape: tuple[int, ...]) -> None:
         self._shape = (shape[0], shape[1])
-        row = shape[0] * shape[1] * 2
         self._name = self._next_name()
         self._staging = f"parts/{self._name}.{os.urandom(4).hex()}"
-        self._chunk_tokens = hidden_chunk_tokens(row)
+        # each state in an object of its own, so that one of them is read without the others
+        self._layout = {"states": shape[0], "hidden_size": shape[1]}
+        if (shards := self._split(shape[0])) > 1:
+            self._layout["state_shards"] = shards
+        self._layout["chunk_tokens"] = hidden_chunk_tokens(shape[0] // shards * shape[1] * 2)
         compress = None
         if self.compression == "zstd":
             from numcodecs import Zstd
 
             compress = Zstd(level=1).encode
-        for array, row_bytes, chunk, codec in (
-            ("hidden", row, self._chunk_tokens, compress),
-            ("input_ids", 4, TOKEN_CHUNK, None),
-            ("loss_mask", 1, TOKEN_CHUNK, None),
-        ):
+        for array, (row_bytes, chunk) in token_shards(self._layout).items():
             stream = self._objects.stream(f"{self._staging}/{object_path(array)}")
+            codec = compress if array.startswith("hidden") else None
             self._shards[array] = ShardWriter(stream, row_bytes, chunk, codec)
+
+    def _split(self, states: int) -> int:
+        """Objects into which the states of a token are divided."""
+        return states
+
+    def _state_shards(self) -> list[ShardWriter]:
+        return [shard for array, shard in self._shards.items() if array.startswith("hidden")]
 
     def _next_name(self) -> str:
         if self.exact is not None:
@@ -373,15 +382,12 @@ class StoreWriter:
 
     def _write_metadata(self, staging: str) -> None:
         tokens, documents = self.tokens, self.documents
-        states, width = self._shape or (0, 0)
         record: dict[str, Any] = {
             "schema": SCHEMA,
             "name": self._name,
             "tokens": tokens,
             "documents": documents,
-            "states": states,
-            "hidden_size": width,
-            "chunk_tokens": self._chunk_tokens if documents else 0,
+            **(self._layout if documents else {"states": 0, "hidden_size": 0, "chunk_tokens": 0}),
             "compression": self.compression,
             "contract": self.contract,
             "provenance": {

@@ -119,9 +119,9 @@ def test_every_flip_in_chunk_data_raises_and_names_the_chunk(whole) -> None:
         document = choose.randrange(len(PART_A))
         token = choose.randrange(starts[document], starts[document + 1])
         chunk, row = divmod(token, 64)
-        stride = -(-(64 * 256 + 4) // 64) * 64
+        stride = -(-(64 * 128 + 4) // 64) * 64
         changed = bytearray(original)
-        changed[chunk * stride + row * 256 + choose.randrange(256)] ^= 1 << choose.randrange(8)
+        changed[chunk * stride + row * 128 + choose.randrange(128)] ^= 1 << choose.randrange(8)
         with (
             damaged(file, bytes(changed)),
             pytest.raises(StoreCorruptError, match=rf"hidden/c/0/0/0: chunk {chunk} fails its checksum"),

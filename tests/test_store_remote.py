@@ -266,17 +266,17 @@ def test_merge_copies_on_the_server(url) -> None:
     assert featurestore.verify(a).problems == []
 
 
-def test_one_range_request_an_array(gate) -> None:
+def test_one_range_request_a_state_and_array(gate) -> None:
     url = "s3://features/ranges"
     write(url, MADE)
     publish(url)
     store = open_store(url)
     gate.requests.clear()
     store[4]
-    for array in ("hidden/c/0/0/0", "input_ids/c/0", "loss_mask/c/0"):
+    for array in ("hidden/c/0/0/0", "hidden/c/0/1/0", "input_ids/c/0", "loss_mask/c/0"):
         assert len(gate.ranges(array)) == 1
     gate.requests.clear()
-    store.read(1, 100, 110)
+    store.read(1, 100, 110, states=[1])
     assert [method for method, _, _ in gate.requests] == ["GET"] * 3  # the part is open: no look at sizes
 
 

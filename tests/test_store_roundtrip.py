@@ -16,15 +16,16 @@ from configs.errors import (
     ContractError,
     InputError,
     PartExistsError,
+    StoreCorruptError,
     StoreError,
     StoreNotFoundError,
     StoreVersionError,
 )
-from featurestore import StoreWriter, open_store, part_exists, publish
+from featurestore import Loader, StoreWriter, open_store, part_exists, publish
 from featurestore.layout import dump_json, group_metadata
 from featurestore.manifest import read_index
 from featurestore.objects import open_objects
-from tests.documents import CONTRACT, append, assert_same, make, write
+from tests.documents import CONTRACT, append, assert_same, make, same_bits, write
 
 
 @st.composite
@@ -519,3 +520,47 @@ def test_exponent_entropy_of_one_exponent(tmp_path: Path) -> None:
     entropy = featurestore.info(tmp_path)["entropy"]
     assert entropy["exponent_bits"] == 0
     assert 6.5 < entropy["sign_mantissa_bits"] <= 7
+
+
+class OneObject(StoreWriter):
+    """Writes as stores were written before each state had an object of its own."""
+
+    def _split(self, states: int) -> int:
+        return 1
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+@pytest.mark.parametrize("writer", [StoreWriter, OneObject])
+def test_chosen_states_are_read_alone_and_in_the_order_asked_for(tmp_path, writer, compression) -> None:
+    made = [make(uid, length, 4) for uid, length in ((1, 70), (2, 300), (3, 5))]
+    with writer(tmp_path, CONTRACT, durable=False, compression=compression) as open_part:
+        for document in made:
+            append(open_part, document)
+    publish(tmp_path)
+    store = open_store(tmp_path)
+    assert store.verify() == []
+    for i, document in enumerate(made):
+        assert_same(store[i], document)
+        assert_same(store.read(i, 1, 4), document, 1, 4)
+        for states in ([3], [2, 0], [0, 1, 2, 3], []):
+            found = store.read(i, states=states)
+            assert same_bits(found.hidden, document.hidden[:, states])
+            assert torch.equal(found.input_ids, document.input_ids)
+    with Loader(store, 512, states=[3, 1], split="all", epochs=1) as loader:
+        for batch in loader:
+            ends = batch.cu_seqlens.tolist()
+            for uid, a, b in zip(batch.uids, ends[:-1], ends[1:], strict=True):
+                assert same_bits(batch.hidden[a:b], made[uid - 1].hidden[:, [3, 1]])
+
+
+def test_a_state_is_read_without_the_bytes_of_the_others(tmp_path) -> None:
+    document = make(1, 300, 4)
+    write(tmp_path, [document])
+    publish(tmp_path)
+    for state in range(3):
+        (path,) = tmp_path.glob(f"parts/*/hidden/c/0/{state}/0")
+        path.write_bytes(bytes(path.stat().st_size))
+    store = open_store(tmp_path)
+    assert same_bits(store.read(0, states=[3]).hidden, document.hidden[:, [3]])
+    with pytest.raises(StoreCorruptError, match="hidden/c/0/0/0: chunk 0 fails its checksum"):
+        store[0]
