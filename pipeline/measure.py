@@ -2,7 +2,6 @@
 
 import contextlib
 import multiprocessing
-import os
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,6 +18,8 @@ __all__ = ["measure"]
 KEPT_LOGITS = 20
 # requests the target reads again to measure its own rounding
 READ_AGAIN = 64
+# an engine that is done takes about a second to end
+CLOSE_SECONDS = 20.0
 DRAFTS = "vllm:spec_decode_num_drafts"
 ACCEPTED = "vllm:spec_decode_num_accepted_tokens_per_pos"
 
@@ -39,12 +40,11 @@ def measure(name: str, job: dict[str, Any]) -> dict[str, Any]:
     Raises:
         Layer61Error: the engine failed; names its log.
     """
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_answer, args=(job, theirs), name=f"layer61-{name}")
+    ours, theirs = multiprocessing.Pipe()
     result: dict[str, Any] | None = None
     log("verify", f"{name}: starting vLLM, log in {job['log']}")
-    process.start()
+    environment = child.SERVED | child.share_cores(job["engine"]["tensor_parallel_size"])
+    process = child.start(_answer, (job, theirs), f"layer61-{name}", environment)
     theirs.close()
     try:
         with task(f"verify: {name}", len(job["prompts"])) as progress, contextlib.suppress(EOFError):
@@ -55,12 +55,11 @@ def measure(name: str, job: dict[str, Any]) -> dict[str, Any]:
                 else:
                     result = value
     finally:
-        if result is None:
-            process.terminate()
-        process.join()
+        # with its result it has nothing more to do than to end
+        child.end(process, wait_s=0 if result is None else CLOSE_SECONDS)
     if result is None:
         raise Layer61Error(
-            f"vLLM failed while serving the {name}: {_last_error(Path(job['log']))}",
+            f"vLLM failed while serving the {name}: {child.last_error(Path(job['log']))}",
             f"see {job['log']}",
         )
     tokens = sum(map(len, result["outputs"]))
@@ -68,21 +67,9 @@ def measure(name: str, job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _last_error(path: Path) -> str:
-    """The last line of an engine's log that names an exception."""
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    named = [line for line in lines if "Error: " in line or line.rstrip().endswith("Error")]
-    return (named or lines or ["its log is empty"])[-1].strip()
-
-
 def _answer(job: dict[str, Any], connection: Connection) -> None:
     """The body of the child process."""
     child.enter(job["log"])
-    if job["engine"]["tensor_parallel_size"] == 1:
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # the model classes as vLLM ships them, without the capture's
-    os.environ.setdefault("VLLM_PLUGINS", "")
 
     from tqdm.auto import tqdm
     from vllm import LLM, SamplingParams

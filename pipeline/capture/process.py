@@ -4,7 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -63,18 +63,6 @@ ENVIRONMENT = {
 }
 
 
-@contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Set variables that are not set, for processes started inside."""
-    added = {k: v for k, v in values.items() if k not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            del os.environ[name]
-
-
 class Capture:
     """Handle of an engine in a process of its own.
 
@@ -84,13 +72,10 @@ class Capture:
 
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
+        self._connection, theirs = multiprocessing.Pipe()
         Path(settings.log).parent.mkdir(parents=True, exist_ok=True)
-        self._process = context.Process(target=_serve, args=(settings, theirs), name="layer61-engine")
         started = time.monotonic()
-        with _environment(ENVIRONMENT):
-            self._process.start()
+        self._process = child.start(_serve, (settings, theirs), "layer61-engine", ENVIRONMENT)
         theirs.close()
         try:
             self._answer(lambda tokens: None)
@@ -144,10 +129,7 @@ class Capture:
     def close(self, patience_s: float = 0) -> None:
         """End the engine's process; what it had not committed is lost."""
         self._connection.close()
-        self._process.join(patience_s)
-        if self._process.is_alive():
-            self._process.terminate()
-        self._process.join()
+        child.end(self._process, wait_s=patience_s)
 
     def __enter__(self) -> "Capture":
         return self

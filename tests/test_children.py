@@ -1,0 +1,83 @@
+"""Whatever ends a verb, the processes of its engine end with it."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from configs.files import write_json
+from export import nextn
+from tests.test_verify import layer_of
+
+# the last that an engine says before it serves
+STARTED = "init engine"
+LOGS = {"dump": "engine.1-of-1.log", "verify": "verify/*.log", "serve": "serve/server.log"}
+
+
+@pytest.fixture(scope="module")
+def draft(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("children")
+    nextn.export(layer_of(tiny_checkpoint, folder / "weights"), tiny_checkpoint, folder / "nextn")
+    return folder / "nextn"
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def descendants(pid: int) -> set[psutil.Process]:
+    try:
+        return set(psutil.Process(pid).children(recursive=True))
+    except psutil.NoSuchProcess:
+        return set()
+
+
+INT, TERM, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGKILL
+# every verb with every signal, with one tensor rank and two; test_dump kills a dump, test_serve interrupts
+CASES = [("dump", 1, INT), ("dump", 2, TERM), ("dump", 2, KILL)]
+CASES += [("verify", 1, TERM), ("verify", 2, INT), ("verify", 2, KILL)]
+CASES += [("serve", 1, TERM), ("serve", 2, KILL)]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("verb", "ranks", "number"), CASES)
+def test_no_process_is_left(verb, ranks, number, draft, tiny_checkpoint, conversations_file, tmp_path):
+    settings = {
+        "run": {"dir": str(tmp_path / "run")},
+        "target": {"path": str(tiny_checkpoint)},
+        "prompts": {"path": str(conversations_file), "held_out": 0.99},
+        "dump": {"tensor_parallel_size": ranks, "view": "v3"},
+        "export": {"dir": str(draft)},
+        "serve": {"port": free_port()},
+    }
+    write_json(tmp_path / "config.json", settings)
+    command = [sys.executable, "-m", "pipeline", verb, str(tmp_path / "config.json")]
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said)
+    seen: set[psutil.Process] = set()
+    try:
+        while not any(STARTED in log.read_text() for log in (tmp_path / "run").glob(LOGS[verb])):
+            assert process.poll() is None, (tmp_path / "said").read_text()
+            time.sleep(0.1)
+            seen |= descendants(process.pid)
+        seen |= descendants(process.pid)
+        assert len(seen) > ranks
+        process.send_signal(number)
+        asked = time.monotonic()
+        code = process.wait(15)
+        _, alive = psutil.wait_procs(seen, timeout=15 - (time.monotonic() - asked))
+        left = [f"{p.pid} {' '.join(p.cmdline())}" for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+        assert left == []
+        assert code == (-number if number == signal.SIGKILL else 128 + number)
+    finally:
+        for one in (psutil.Process(process.pid) if process.poll() is None else None, *seen):
+            if one is not None and one.is_running():
+                one.kill()
+        process.wait()
