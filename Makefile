@@ -15,7 +15,8 @@ LAYER61 := $(BIN)/layer61
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo target dump-hidden-states train export-nextn evaluate verify report test test-fast check \
+.PHONY: help setup demo target dump-hidden-states train export-nextn evaluate verify serve bench-serve \
+	report test test-fast check \
 	bench-store bench-dump bench-moe bench-loss bench-train kernels-report clean
 
 help: ## list the targets
@@ -53,6 +54,9 @@ evaluate: setup ## offline acceptance of a checkpoint (ARGS=evaluate.checkpoint=
 
 verify: setup ## serve target and draft in vLLM and measure acceptance
 	$(LAYER61) verify $(CONFIG) 'run.dir="$(RUN)"' $(ARGS)
+
+serve: setup ## vLLM's OpenAI server with the draft, acceptance shown live
+	$(LAYER61) serve $(CONFIG) 'run.dir="$(RUN)"' $(ARGS)
 
 report: setup ## one self-contained HTML page about a run
 	$(LAYER61) report "$(RUN)"

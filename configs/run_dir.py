@@ -23,6 +23,8 @@ RUN/
   nextn/               export: what servers load; its layer61.json says what it was made from
   verify/              verify: a log and a finished measurement of each engine
   verify.json          verify: the result
+  serve/               serve, bench-serve: what the servers print, and the views that they serve
+  serving.json         bench-serve: the result
   summary.json         demo: the figures of its table
   report.html          report
   .ranks/              train: settings for the ranks of this machine, their result or errors
@@ -49,6 +51,8 @@ __all__ = [
     "RANKS",
     "REJECTS",
     "REPORT",
+    "SERVE_WORK",
+    "SERVING",
     "SETTINGS",
     "STORE",
     "SUMMARY",
@@ -81,6 +85,8 @@ EVALUATIONS = "evaluate.*.json"
 EXPORT = {"mtp": "nextn", "eagle3": "eagle3"}  # export: the draft, by kind
 VERIFICATION = "verify.json"
 VERIFY_WORK = "verify"
+SERVE_WORK = "serve"
+SERVING = "serving.json"
 SUMMARY = "summary.json"
 REPORT = "report.html"
 RANKS = ".ranks"

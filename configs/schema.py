@@ -22,6 +22,7 @@ __all__ = [
     "RunConfig",
     "RunSection",
     "Section",
+    "ServeConfig",
     "TargetConfig",
     "TinyConfig",
     "TrainConfig",
@@ -280,6 +281,29 @@ class VerifyConfig(Section):
     """Passed to vLLM's engine untouched."""
 
 
+class ServeConfig(Section):
+    draft: str = "trained"
+    """`trained` (the export), `released` (the target's own layer), `none`, or the directory of a draft."""
+    num_speculative_tokens: int = Field(3, ge=1, le=16)
+    """Draft tokens a step."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 is every one of this machine."""
+    port: int = Field(8000, ge=1, le=65535)
+    """Port to listen on."""
+    every_seconds: float = Field(5.0, gt=0)
+    """Seconds between two lines about what was served."""
+    bench_drafts: tuple[str, ...] = Field(("none", "trained"), min_length=1)
+    """`bench-serve`: what to serve in turn, each as `draft`; ratios are to the first."""
+    bench_concurrency: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 4, 16), min_length=1)
+    """`bench-serve`: requests at a time, measured in turn."""
+    bench_conversations: int | None = Field(None, ge=1)
+    """`bench-serve`: held-out conversations of one measurement; all by default."""
+    bench_max_tokens: int = Field(256, ge=2)
+    """`bench-serve`: most tokens of one answer."""
+    vllm: dict[str, Any] = Field(default_factory=dict)
+    """Passed to `vllm serve` untouched; `max_model_len = 8192` becomes `--max-model-len 8192`."""
+
+
 # keys of the pass-through tables that another setting decides
 OWNED: dict[str, frozenset[str]] = {
     "dump.vllm": frozenset(
@@ -288,6 +312,10 @@ OWNED: dict[str, frozenset[str]] = {
         | {"worker_extension_cls"}
     ),
     "verify.vllm": frozenset({"model", "tokenizer", "tensor_parallel_size", "seed", "speculative_config"}),
+    "serve.vllm": frozenset(
+        {"model", "tokenizer", "tensor_parallel_size", "speculative_config", "host", "port"}
+        | {"data_parallel_multi_port_external_lb"}
+    ),
     "train.deepspeed": frozenset(
         {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
         | {"gradient_clipping", "bf16", "fp16", "optimizer", "scheduler", "zero_optimization.stage"}
@@ -308,6 +336,7 @@ class RunConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
     verify: VerifyConfig = VerifyConfig()
+    serve: ServeConfig = ServeConfig()
 
     @model_validator(mode="after")
     def check(self) -> "RunConfig":

@@ -150,6 +150,12 @@ def _verify(args: argparse.Namespace) -> int:
     return _stage(args, ("target", "prompts"), verify.plan, verify.run)
 
 
+def _serve(args: argparse.Namespace) -> int:
+    from pipeline import serve
+
+    return _stage(args, ("target",), serve.plan, serve.run)
+
+
 def _demo(args: argparse.Namespace) -> int:
     from pipeline import demo
 
@@ -201,6 +207,11 @@ VERBS: dict[str, tuple[Callable[[argparse.Namespace], int], str, tuple[str, ...]
     "evaluate": (_evaluate, "offline acceptance of a checkpoint", ("run", "target", "train", "evaluate")),
     "export": (_export, "write the NextN directory", ("run", "target", "export")),
     "verify": (_verify, "serve target and draft in vLLM, measure acceptance", ("run", "target", "verify")),
+    "serve": (
+        _serve,
+        "vLLM's OpenAI server with the draft, acceptance shown live",
+        ("run", "target", "serve"),
+    ),
     "demo": (_demo, "every stage with the tiny target, and a table at the end", ("run", "tiny")),
 }
 

@@ -20,23 +20,23 @@ from typing import Any, Literal
 import torch
 
 from configs import run_dir
-from configs.contract import require_same, target_contract
+from configs.contract import target_contract
 from configs.errors import InputError
 from configs.files import read_json, sha256_file, sha256_json, write_json
 from configs.progress import log
 from configs.provenance import vllm_version
 from configs.schema import RunConfig
-from export.check import check, refuse_name
+from export.check import refuse_name
 from export.checkpoint import Checkpoint
 from pipeline.greedy import compare
 from pipeline.measure import measure
 from pipeline.prompts import load_prompts
+from pipeline.speculation import CPU_ENGINE, require_draft, speculative_config, view_of
 from pipeline.view import make_view
 
 __all__ = ["plan", "run", "verify"]
 
 NAMES = {"plain": "target alone", "before": "released layer", "after": "trained draft"}
-CPU_KV_CACHE_BYTES = 1 << 30
 
 
 def verify(
@@ -80,13 +80,11 @@ def verify(
         Layer61Error: vLLM failed.
     """
     target, draft = Checkpoint(target_dir), Checkpoint(draft_dir)
-    has_gpu = torch.cuda.is_available()
-    if view == "auto":
-        view = "native" if has_gpu else "v3"
+    view = view_of(view)
     job = _check(target, draft, [list(map(int, ids)) for ids in prompts], max_tokens, view)
     longest = max(len(ids) + room for ids, room in zip(job["prompts"], job["max_tokens"], strict=True))
     engine = {
-        **({} if has_gpu else {"enforce_eager": True, "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}),
+        **({} if torch.cuda.is_available() else CPU_ENGINE),
         "max_model_len": longest + num_speculative_tokens + 1,
         "disable_log_stats": False,
         "skip_tokenizer_init": True,
@@ -113,36 +111,11 @@ def _check(
     Raises:
         as `verify`.
     """
-    target.mtp_names()
-    refuse_name(draft.directory)
-    if problems := check(draft.directory, target.directory)["vllm"]:
-        raise InputError(
-            f"{draft.directory} is not a vLLM draft for {target.directory}: {problems[0]}",
-            "export it again for this target, layout nextn, quantisation auto",
-        )
-    _compare_targets(target, draft)
+    require_draft(target, draft.directory)
     room = _check_prompts(prompts, target.config, max_tokens, view)
     eos = target.config.get("eos_token_id")
     stop = [eos] if isinstance(eos, int) else list(eos or [])
     return {"prompts": prompts, "max_tokens": room, "stop_token_ids": stop}
-
-
-def _compare_targets(target: Checkpoint, draft: Checkpoint) -> None:
-    """Check that a draft that says for which target it was made was made for this one.
-
-    Raises:
-        ContractError: it was made for another one.
-    """
-    try:
-        made_for = read_json(draft.directory / run_dir.META)["identity"]["target"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    require_same(
-        {"target": made_for},
-        {"target": target_contract(target.directory).model_dump(mode="json")},
-        f"draft {draft.directory} and target {target.directory}",
-        hint="set export.dir to the draft of this target, or target.path to the draft's",
-    )
 
 
 def _check_prompts(prompts: list[list[int]], config: dict[str, Any], max_tokens: int, view: str) -> list[int]:
@@ -192,7 +165,8 @@ def _measure_in_turn(
     results: dict[str, dict[str, Any]] = {}
     with _views(target.directory, draft.directory, view) as (target_path, draft_path):
         for name in names:
-            speculative = {"method": "mtp", "num_speculative_tokens": num_speculative_tokens}
+            own_draft = draft_path if name == "after" else None
+            speculative = speculative_config(own_draft, num_speculative_tokens)
             mine: dict[str, Any] = {"model": str(target_path), "speculative_config": speculative}
             made_from: dict[str, Any] = {**identity, "name": name, "drafts": num_speculative_tokens}
             others = {}
@@ -201,7 +175,6 @@ def _measure_in_turn(
                 others = {other: result["outputs"] for other, result in results.items()}
                 made_from |= {"drafts": 0, "others": others}
             if name == "after":
-                speculative["model"] = str(draft_path)
                 made_from["draft"] = _draft_identity(draft)
             kept, key = folder / f"{name}.json", sha256_json(made_from)
             if (earlier := _reuse(kept, key)) is not None:

@@ -1,0 +1,96 @@
+"""What vLLM has to be told to serve a draft beside a target: directory, method, view."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from configs import run_dir
+from configs.contract import require_same, target_contract
+from configs.errors import InputError
+from configs.files import read_json
+from configs.schema import RunConfig
+from export.check import check, refuse_name
+from export.checkpoint import Checkpoint
+
+__all__ = ["CPU_ENGINE", "draft_directory", "require_draft", "speculative_config", "view_of"]
+
+# arguments of an engine where there is no GPU
+CPU_ENGINE = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
+
+
+def view_of(view: Literal["auto", "native", "v3"]) -> Literal["native", "v3"]:
+    """How vLLM is to see V3.2 (`pipeline.view`); `auto` takes the view where there is no GPU."""
+    return ("native" if torch.cuda.is_available() else "v3") if view == "auto" else view
+
+
+def is_eagle3(draft: Path) -> bool:
+    """Whether a draft directory holds an EAGLE-3 layer, by its architecture."""
+    return str(Checkpoint(draft).config.get("architectures", [""])[0]).startswith("Eagle3")
+
+
+def draft_directory(config: RunConfig, draft: str) -> Path | None:
+    """The directory of `trained` (the export) or of a path; None of `released` and `none`, which have none.
+
+    Raises:
+        InputError: there is no such directory.
+    """
+    if draft in ("released", "none"):
+        return None
+    directory = config.export_dir if draft == "trained" else Path(draft)
+    if not directory.is_dir():
+        raise InputError(
+            f"there is no draft at {directory}",
+            "run `layer61 export` with the same settings first"
+            if draft == "trained"
+            else "name trained, released, none or the directory of a draft",
+        )
+    return directory
+
+
+def require_draft(target: Checkpoint, draft: Path | None) -> None:
+    """Refuse a draft that vLLM would not load beside the target, or that was made for another one.
+
+    Args:
+        target: the target.
+        draft: its directory; None for the released layer.
+
+    Raises:
+        ConfigError: the draft's path would mislead vLLM.
+        InputError: the target has no MTP layer, or the draft does not load beside it.
+        ContractError: the draft was made for another target.
+    """
+    if draft is None:
+        # vLLM reads the released layer from the target's own directory
+        target.mtp_names()
+        refuse_name(target.directory, "target.path")
+        return
+    if not is_eagle3(draft):
+        target.mtp_names()
+        refuse_name(draft)
+        if problems := check(draft, target.directory)["vllm"]:
+            raise InputError(
+                f"{draft} is not a vLLM draft for {target.directory}: {problems[0]}",
+                "export it again for this target, layout nextn, quantisation auto",
+            )
+    try:
+        made_for = read_json(draft / run_dir.META)["identity"]["target"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    require_same(
+        {"target": made_for},
+        {"target": target_contract(target.directory).model_dump(mode="json")},
+        f"draft {draft} and target {target.directory}",
+        hint="set export.dir to the draft of this target, or target.path to the draft's",
+    )
+
+
+def speculative_config(draft: Path | None, num_speculative_tokens: int) -> dict[str, Any]:
+    """vLLM's speculative_config of a draft directory; of None, the target's own layer."""
+    if draft is None:
+        return {"method": "mtp", "num_speculative_tokens": num_speculative_tokens}
+    return {
+        "method": "eagle3" if is_eagle3(draft) else "mtp",
+        "model": str(draft),
+        "num_speculative_tokens": num_speculative_tokens,
+    }
