@@ -116,8 +116,8 @@ def main() -> None:
             max_answer_tokens=ANSWER,
             limit=count + warm + 64,
         )
-        asked = load_prompts(config, target, 0)
-        given = load_prompts(config.model_copy(update={"answers": "given"}), target, 0)
+        asked = load_prompts(config, target)
+        given = load_prompts(config.model_copy(update={"answers": "given"}), target)
         engine = settings(target, view, folder, asked)
         with Capture(engine) as capture:
             for name, prompts in (("capture, target answers", asked), ("capture, answers given", given)):

@@ -123,18 +123,26 @@ class TinyConfig(Section):
 
 
 class PromptsConfig(Section):
-    path: Path | None = None
-    """JSONL file of conversations: one {"messages": [{"role", "content"}, ...]} a line."""
-    answers: Literal["target", "given"] = "target"
-    """`target`: the target writes the last answer of each conversation; `given`: the file's own is kept."""
+    path: Path | tuple[Path, ...] | None = None
+    """Conversations: a file (JSONL, plain or compressed, or Parquet), a pattern, or a list of either."""
+    answers: Literal["target", "every", "given"] = "target"
+    """`target`: the target writes the last answer; `every`: all of them in turn; `given`: the file's stay."""
+    thinking: Literal["auto", "on", "off", "both"] = "auto"
+    """Whether answers reason first; `auto`: where the file's last one does; `both`: a document each."""
+    temperature: float = Field(1.0, ge=0)
+    """Temperature of the target's answers; 0 always takes the most likely token."""
+    top_p: float = Field(0.95, gt=0, le=1)
+    """Answers are sampled from the most likely tokens that hold this probability together."""
     max_length: int = Field(2048, ge=8)
     """Longest document in tokens, answer included; longer conversations are rejected."""
     max_answer_tokens: int = Field(1024, ge=1)
     """Most tokens the target may write for one answer."""
+    max_loop_share: float = Field(0.3, ge=0, le=1)
+    """Documents with more of their answer's tokens in loops are rejected; 1 keeps all."""
     held_out: float = Field(0.05, ge=0, lt=1)
     """Share of the conversations kept from training, chosen by a hash of their content."""
     limit: int | None = Field(None, ge=1)
-    """Use only the first so many conversations of the file."""
+    """Use only the first so many conversations of all files together."""
 
 
 class DumpConfig(Section):
@@ -359,6 +367,10 @@ class RunConfig(Section):
             changed = [k for k, v in self.eagle3 if v != Eagle3Config.model_fields[k].default]
             if changed:
                 raise ValueError(f"eagle3.{changed[0]} is set, but train.draft is {self.train.draft!r}")
+        if self.prompts.answers == "given" and self.prompts.thinking == "both":
+            raise ValueError(
+                "prompts.thinking = 'both' needs the target's answers: prompts.answers = 'given'"
+            )
         for table, owned in OWNED.items():
             section, key = table.split(".")
             value = getattr(getattr(self, section), key)

@@ -36,7 +36,7 @@ def blocks(config: RunConfig, prompts: Prompts) -> list[Block]:
     found = []
     for i in range(0, len(prompts.documents), size):
         documents = prompts.documents[i : i + size]
-        content = [[d.uid, d.answer_tokens, d.held_out] for d in documents]
+        content = [[d.uid, d.answer_tokens] for d in documents]
         found.append(Block(f"{sha256_json([common, content])[:12]}-{i // size:06d}", documents))
     return found
 

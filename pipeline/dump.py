@@ -14,6 +14,7 @@ import numpy as np
 
 from configs import run_dir
 from configs.contract import require_same
+from configs.held_out import is_held_out, uid_group
 from configs.lock import hold
 from configs.progress import log, task
 from configs.schema import RunConfig
@@ -27,7 +28,8 @@ from pipeline.capture.engine import EngineSettings
 from pipeline.capture.process import CLOSE_SECONDS
 from pipeline.capture.session import Session
 from pipeline.capture.settings import check_aux_layers, choose_view, contract, engine_settings
-from pipeline.prompts import NoConversationsError, load_prompts, write_rejects
+from pipeline.conversations import input_exists
+from pipeline.prompts import NoConversationsError, Prompts, load_prompts, write_rejects
 from pipeline.ray_actors import capture_over_ray
 
 __all__ = ["DumpPlan", "plan", "run"]
@@ -84,6 +86,11 @@ class DumpPlan:
         return f"{each}\n{left}; {out}\n{self.blocks:,} blocks, {self.done:,} done, {self.mine:,} to do here"
 
 
+def _held_out(config: RunConfig, prompts: Prompts) -> int:
+    groups = uid_group(prompts.documents.uids)
+    return int(is_held_out(groups, config.prompts.held_out, config.run.seed).sum())
+
+
 def _size(size: float) -> str:
     units = ("B", "kB", "MB", "GB", "TB")
     power = min(len(units) - 1, (len(str(int(size))) - 1) // 3)
@@ -102,12 +109,13 @@ def plan(config: RunConfig) -> DumpPlan:
     check_aux_layers(config, target)
     per_token = 2 * target["hidden_size"] * (1 + len(config.dump.aux_layers)) + 4 + 1
     empty = DumpPlan(per_token, None, 0, 0, 0, 0, 0, 0, 0, 0, view, config.store_path)
+    there = {"prompts.path": input_exists(config.prompts.path), "target.path": target_dir.exists()}
     for name, path in (("prompts.path", config.prompts.path), ("target.path", target_dir)):
-        if path is None or not path.exists():
+        if not there[name]:
             return DumpPlan(**vars(empty) | {"missing": f"{name} ({path}) is not on this machine"})
     Checkpoint(target_dir).mtp_names()  # states of a target without the layer are of no use
     try:
-        prompts = load_prompts(config.prompts, target_dir, config.run.seed)
+        prompts = load_prompts(config.prompts, target_dir)
     except NoConversationsError as error:  # raised again by the run, once the rejects are written
         return DumpPlan(**vars(empty) | {"missing": error.message})
     found = blocks(config, prompts)
@@ -116,7 +124,7 @@ def plan(config: RunConfig) -> DumpPlan:
     return DumpPlan(
         bytes_per_token=per_token,
         documents=len(prompts.documents),
-        held_out=sum(d.held_out for d in prompts.documents),
+        held_out=_held_out(config, prompts),
         tokens=prompts.tokens,
         most_tokens=prompts.most_tokens,
         rejects=len(prompts.rejects),
@@ -150,7 +158,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     check_aux_layers(config, target)
     rejects = config.run.dir / run_dir.REJECTS
     try:
-        prompts = load_prompts(config.prompts, target_dir, config.run.seed)
+        prompts = load_prompts(config.prompts, target_dir)
     except NoConversationsError as error:
         write_rejects(rejects, error.rejects)
         raise
@@ -187,7 +195,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         "seconds": round(time.monotonic() - started, 2),
         "engine_start_seconds": round(captured["start"], 2),
         "documents": totals["documents"],
-        "held_out": sum(d.held_out for d in prompts.documents),
+        "held_out": _held_out(config, prompts),
         "tokens": totals["tokens"],
         "loss_tokens": totals["loss_tokens"],
         "bytes": totals["bytes"],

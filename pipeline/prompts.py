@@ -1,494 +1,523 @@
-# ruff: noqa: RUF001  (the bars of the special tokens are the full-width ones, as released)
-"""Conversations in a JSONL file to documents: token ids, loss mask, and a number that stays the same.
-
-A line is {"messages": [{"role", "content"}, ...]}: an optional system message, then user and assistant in
-turn. An answer may begin with its reasoning, `<think>...</think>`. Other keys are kept out of the text; `id`
-is shown in messages.
+"""Conversations to documents: token ids, loss mask, and a number that stays the same.
 
 With `answers = "given"` the answers of the file are the text and all of them count for the loss. With
 `answers = "target"` the last answer is dropped, the prompt ends where an answer begins, and the target writes
-one; then only what it wrote counts, for the answers before it are someone else's words.
+one; then only what it wrote counts, for the answers before it are someone else's words. With
+`answers = "every"` the target writes each answer in turn, in the context that a server would have at that
+turn: the questions of the file and its own earlier answers.
 
-Templates write DeepSeek's format, in which an answer stands between `<｜Assistant｜>`, one mark that says
-whether reasoning follows, and the end token. The end token counts for the loss: a target has to produce it.
+The end token of an answer counts for the loss: a target has to produce it.
 """
 
 import hashlib
-import inspect
 import json
-import re
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
 from configs.contract import Template
 from configs.errors import InputError
-from configs.files import atomic_write, sha256_json
+from configs.files import atomic_write
+from configs.progress import log
 from configs.schema import PromptsConfig
+from pipeline.conversations import (
+    Conversation,
+    Place,
+    ReadyTokens,
+    Reject,
+    find_files,
+    read_conversations,
+)
+from pipeline.render import Renderer
 
 __all__ = [
-    "Conversation",
     "Document",
+    "Documents",
     "NoConversationsError",
     "Prompts",
-    "Reject",
-    "Renderer",
-    "held_out_lines",
+    "Turns",
     "load_prompts",
-    "read_conversations",
-    "require_conversations",
-    "tokenizer_sha256",
+    "next_turn",
     "write_rejects",
 ]
 
-ROLES = ("system", "user", "assistant")
-ASSISTANT, THINK, END_THINK = "<｜Assistant｜>", "<think>", "</think>"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-# raise it when the same conversation, tokenizer and template would give other tokens or another mask
-RENDERING = 1
+# part of every uid: raise it when uids would mean something else
+UIDS = 2
+BATCH = 1024  # conversations tokenised at a time
+SAY_SECONDS = 10
+Spans = tuple[tuple[int, int | None], ...]
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """A line that parses: `messages` alternate, `thinking` says whether the last answer has reasoning."""
-
-    line: int
-    name: str
-    messages: tuple[dict[str, str], ...]
-    thinking: bool
-
-
-@dataclass(frozen=True)
-class Reject:
-    """A line that is left out, and why."""
-
-    file: str
-    line: int
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Document:
     """What one conversation asks of the engine.
 
     Attributes:
-        uid: 64-bit number, a hash of content, tokenizer, template and the kind of answers.
+        uid: 64 bits. The upper 32 are a hash of the conversation as it stands in the file (its group, see
+            configs/held_out.py); the lower ones of that and of all that decides the document's tokens.
         input_ids: uint32 [T]; the prompt where the target answers, else everything.
         spans: token ranges [start, stop) that count for the loss; stop None where the target writes the end.
-        answer_tokens: most tokens the target may write; 0 where the answers are given.
-        held_out: kept from training.
-        name, line, source: where it comes from: its `id`, its line, the file's name.
+        answer_tokens: most tokens the target may write now; 0 where the answers are given.
+        name, line, source, file: its `id`, its line or row, its label, and the file it comes from.
+        turns: uint32 [T_k] each: what is read behind each answer but the last, up to where the next one
+            begins; only with `answers = "every"`.
+        turn_uids: uids of the documents that the later turns become, one for each of `turns`, where the
+            template drops earlier reasoning and so each turn is a document of its own. Empty where the whole
+            conversation is one document. A conversation may end before its last turn: it is done when its
+            first document is.
     """
 
     uid: int
     input_ids: np.ndarray
-    spans: tuple[tuple[int, int | None], ...]
+    spans: Spans
     answer_tokens: int
-    held_out: bool
     name: str
     line: int
     source: str
+    file: str
+    turns: tuple[np.ndarray, ...] = ()
+    turn_uids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How one turn of a conversation leads to the next: marks, end tokens and bounds in tokens."""
+
+    think: int | None
+    end_think: int | None
+    stop_ids: tuple[int, ...]
+    max_length: int
+    max_answer_tokens: int
+
+
+def next_turn(document: Document, answer: Sequence[int], turns: Turns) -> Document | None:
+    """The document after the target has answered, ready to be answered again.
+
+    Its prompt is the earlier one, the answer, and the next question. With reasoning, the answer stands there
+    as a server shows it to the target at a later turn: without what comes before `</think>`.
+
+    Args:
+        document: what was answered.
+        answer: the tokens that the target wrote, its end token included.
+        turns: of the same prompts.
+
+    Returns:
+        None after the last turn, and where the conversation ends early: the answer has no end, its reasoning
+        has none, or there is no room for another answer.
+    """
+    if not document.turns or not len(answer) or answer[-1] not in turns.stop_ids:
+        return None
+    written = np.asarray(answer, np.uint32)
+    prompt, spans, uid = document.input_ids, document.spans[:-1], document.uid
+    if document.turn_uids:
+        ends = np.flatnonzero(written == turns.end_think)
+        if not len(ends) or prompt[-1] != turns.think:
+            return None
+        written = written[int(ends[0]) :]
+        prompt, spans, uid = prompt[:-1], (), document.turn_uids[0]
+    else:
+        spans = (*spans, (len(prompt), len(prompt) + len(written)))
+    ids = np.concatenate([prompt, written, document.turns[0]])
+    room = turns.max_length - len(ids)
+    if room < 1:
+        return None
+    return replace(
+        document,
+        uid=uid,
+        input_ids=ids,
+        spans=(*spans, (len(ids), None)),
+        answer_tokens=min(turns.max_answer_tokens, room),
+        turns=document.turns[1:],
+        turn_uids=document.turn_uids[1:],
+    )
+
+
+class Rows:
+    """Arrays of different lengths in one flat buffer, so that a million of them are not a million objects."""
+
+    def __init__(self, dtype: Any) -> None:
+        self._dtype = np.dtype(dtype)
+        self._flat = bytearray()
+        self._ends = bytearray()
+
+    def append(self, row: np.ndarray) -> None:
+        self._flat += np.ascontiguousarray(row, self._dtype).data.cast("B") if len(row) else b""
+        self._ends += (len(self._flat) // self._dtype.itemsize).to_bytes(8, "little")
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        start = int.from_bytes(self._ends[8 * i - 8 : 8 * i], "little") if i else 0
+        stop = int.from_bytes(self._ends[8 * i : 8 * i + 8], "little")
+        size = self._dtype.itemsize
+        return np.frombuffer(self._flat, self._dtype, stop - start, start * size)
+
+    def lengths(self) -> np.ndarray:
+        """int64 [N]."""
+        return np.diff(np.frombuffer(self._ends, "<i8"), prepend=0)
+
+
+class Documents(Sequence[Document]):
+    """Documents in their order, kept as flat arrays: a million of 100 tokens take about 0.6 GB.
+
+    Attributes:
+        uids: uint64 [N].
+        lengths: int64 [N], tokens that are there before the target writes.
+        most_tokens: int64 [N], tokens if every answer is as long as it may be.
+    """
+
+    def __init__(self, max_length: int, max_answer_tokens: int) -> None:
+        self._bounds = max_length, max_answer_tokens
+        self._ids, self._spans, self._names = Rows(np.uint32), Rows(np.int32), Rows(np.uint8)
+        # the pieces of all turns one behind the other, the length of each, and the uids
+        self._turns, self._pieces, self._turn_uids = Rows(np.uint32), Rows(np.int32), Rows(np.uint64)
+        self._labels: dict[str, int] = {}
+        # uid, what the document is, room for an answer, line, file, source
+        self._fixed = Rows(np.uint64)
+        self._kept: np.ndarray | None = None
+
+    def append(self, document: Document, same: int) -> None:
+        """Add a document; `same` is equal for documents that ask the same of the engine."""
+        d = document
+        self._ids.append(d.input_ids)
+        self._spans.append(np.array([-1 if x is None else x for span in d.spans for x in span], np.int32))
+        self._names.append(np.frombuffer(d.name.encode(), np.uint8))
+        self._turns.append(np.concatenate(d.turns) if d.turns else np.zeros(0, np.uint32))
+        self._pieces.append(np.array([len(t) for t in d.turns], np.int32))
+        self._turn_uids.append(np.array(d.turn_uids, np.uint64))
+        file, source = (self._labels.setdefault(x, len(self._labels)) for x in (d.file, d.source))
+        self._fixed.append(np.array([d.uid, same, d.answer_tokens, d.line, file, source], np.uint64))
+
+    def finish(self) -> int:
+        """Leave out documents that ask the same as another one; how many they are.
+
+        Of equal ones that with the smallest uid stays, so that the choice does not follow from their order.
+        """
+        fixed = np.frombuffer(self._fixed._flat, np.uint64).reshape(-1, 6)
+        order = np.lexsort((np.arange(len(fixed)), fixed[:, 0], fixed[:, 1]))
+        same = fixed[order, 1]
+        first = np.ones(len(order), bool)
+        first[1:] = same[1:] != same[:-1]
+        self._kept = np.sort(order[first])
+        self._rows = fixed[self._kept]
+        self._names_of = list(self._labels)
+        self.uids = np.ascontiguousarray(self._rows[:, 0])
+        self.lengths = self._ids.lengths()[self._kept]
+        answers = self._rows[:, 2].astype(np.int64)
+        longest, answer = self._bounds
+        later = (self._turns.lengths() + answer * self._pieces.lengths())[self._kept]
+        # with reasoning each turn is a document, which is no longer than the longest one
+        chains = self._turn_uids.lengths()[self._kept]
+        whole = self.lengths + answers + later
+        self.most_tokens = np.where(
+            chains > 0, np.minimum(self.lengths + answers, longest) + chains * longest, whole
+        )
+        self.most_tokens = np.where(chains > 0, self.most_tokens, np.minimum(whole, longest))
+        return len(order) - len(self._kept)
+
+    def __len__(self) -> int:
+        return 0 if self._kept is None else len(self._kept)
+
+    @overload
+    def __getitem__(self, i: int) -> Document: ...
+    @overload
+    def __getitem__(self, i: slice) -> tuple[Document, ...]: ...
+    def __getitem__(self, i: int | slice) -> Document | tuple[Document, ...]:
+        if isinstance(i, slice):
+            return tuple(self[j] for j in range(*i.indices(len(self))))
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
+        assert self._kept is not None
+        row = int(self._kept[i])
+        uid, _, answer_tokens, line, file, source = self._rows[i].tolist()
+        spans = self._spans[row].reshape(-1, 2).tolist()
+        pieces = self._pieces[row]
+        return Document(
+            uid=uid,
+            input_ids=self._ids[row],
+            spans=tuple((a, None if b < 0 else b) for a, b in spans),
+            answer_tokens=answer_tokens,
+            name=self._names[row].tobytes().decode(),
+            line=line,
+            source=self._names_of[source],
+            file=self._names_of[file],
+            turns=tuple(np.split(self._turns[row], np.cumsum(pieces)[:-1])) if len(pieces) else (),
+            turn_uids=tuple(self._turn_uids[row].tolist()),
+        )
+
+    def __iter__(self) -> Iterator[Document]:
+        return (self[i] for i in range(len(self)))
 
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """The documents of a file in its order, what was left out, and what turns text into tokens."""
+    """The documents of the input in its order, what was left out, and what turns text into tokens."""
 
-    documents: tuple[Document, ...]
+    documents: Documents
     rejects: tuple[Reject, ...]
     duplicates: int
     tokenizer_sha256: str
     template: Template
-    stop_ids: tuple[int, ...]
+    turns: Turns
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        return self.turns.stop_ids
 
     @property
     def tokens(self) -> int:
         """Tokens that are there before the target writes."""
-        return sum(len(d.input_ids) for d in self.documents)
+        return int(self.documents.lengths.sum())
 
     @property
     def most_tokens(self) -> int:
         """Tokens if every answer is as long as it may be."""
-        return sum(len(d.input_ids) + d.answer_tokens for d in self.documents)
+        return int(self.documents.most_tokens.sum())
 
 
-def _check(record: Any, answers: str) -> tuple[tuple[dict[str, str], ...], bool]:
-    """Messages of one parsed line, without the answer the target will write, and whether that one reasons.
-
-    Raises:
-        ValueError: it is not a conversation; the message says what was expected.
-    """
-    if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
-        raise ValueError('expected an object with a list "messages"')
-    if not record["messages"]:
-        raise ValueError("the conversation is empty")
-    messages = []
-    for i, message in enumerate(record["messages"], 1):
-        if not isinstance(message, dict):
-            raise ValueError(f"message {i} is a {type(message).__name__}, expected an object")
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise ValueError(f"message {i} has the unknown role {role!r}, expected one of {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise ValueError(f"the content of message {i} is a {type(content).__name__}, expected text")
-        if not content.strip():
-            raise ValueError(f"message {i} ({role}) is empty")
-        try:
-            content.encode()
-        except UnicodeEncodeError:
-            raise ValueError(
-                f"message {i} ({role}) holds half of a surrogate pair, which is not text"
-            ) from None
-        messages.append({"role": role, "content": content})
-    first = 1 if messages[0]["role"] == "system" else 0
-    for i, message in enumerate(messages[first:]):
-        expected = ("user", "assistant")[i % 2]
-        if message["role"] != expected:
-            raise ValueError(f"message {first + i + 1} is from {message['role']}, expected {expected}")
-    answered = messages[-1]["role"] == "assistant"
-    thinking = answered and messages[-1]["content"].startswith(THINK)
-    if thinking and END_THINK not in messages[-1]["content"]:
-        raise ValueError(f"the last answer opens {THINK} and does not close it")
-    if answers == "target" and answered:
-        messages.pop()
-    elif answers == "given" and not answered:
-        raise ValueError('the last message is not an answer, and prompts.answers is "given"')
-    if not any(m["role"] == "user" for m in messages):
-        raise ValueError("there is no message from user")
-    return tuple(messages), thinking
-
-
-def read_conversations(
-    path: Path, answers: str = "target", limit: int | None = None
-) -> Iterator[Conversation | Reject]:
-    """Parse a JSONL file line by line; blank lines are skipped.
-
-    Args:
-        path: the file.
-        answers: `target`: a last answer is dropped; `given`: there must be one.
-        limit: stop after so many conversations.
-
-    Raises:
-        InputError: the file is missing or cannot be read.
-    """
-    try:
-        file = open(path, "rb")  # noqa: SIM115
-    except OSError as error:
-        raise InputError(
-            f"cannot read the conversations {path}: {error.strerror}",
-            "set prompts.path, or tiny.conversations, to a JSONL file of conversations",
-        ) from None
-    found = 0
-    with file:
-        for number, data in enumerate(file, 1):
-            if not data.strip():
-                continue
-            name = ""
-            try:
-                record = json.loads(data.decode("utf-8-sig" if number == 1 else "utf-8"))
-                name = str(record.get("id", "")) if isinstance(record, dict) else ""
-                name = name.encode(errors="replace").decode()
-                messages, thinking = _check(record, answers)
-            except UnicodeDecodeError as error:
-                yield Reject(str(path), number, name, f"not UTF-8: byte {error.start} of the line")
-            except json.JSONDecodeError as error:
-                reason = f"not JSON: {error.msg} at column {error.colno}"
-                yield Reject(str(path), number, name, reason)
-            except (ValueError, RecursionError) as error:
-                yield Reject(str(path), number, name, str(error) or type(error).__name__)
-            else:
-                found += 1
-                yield Conversation(number, name, messages, thinking)
-                if found == limit:
-                    return
-
-
-def require_conversations(path: Path) -> list[Conversation]:
-    """Every conversation of a file that must hold nothing else, with its answers.
-
-    Raises:
-        InputError: the file cannot be read, is empty, or a line is not a conversation; names the line.
-    """
-    found: list[Conversation] = []
-    for item in read_conversations(path, "given"):
-        if isinstance(item, Reject):
-            raise InputError(
-                f"{path}:{item.line}: {item.reason}",
-                "correct the line, or set tiny.conversations to another file",
-            )
-        found.append(item)
-    if not found:
-        raise InputError(f"{path} holds no conversation", "set tiny.conversations to another file")
-    return found
-
-
-def tokenizer_sha256(directory: Path) -> str:
-    """Hash of the tokenizer's files, by name and bytes.
-
-    Raises:
-        InputError: there is no tokenizer.json.
-    """
-    digest = hashlib.sha256()
-    for name in TOKENIZER_FILES:
-        try:
-            data = (directory / name).read_bytes()
-        except FileNotFoundError:
-            if name == TOKENIZER_FILES[0]:
-                raise InputError(
-                    f"{directory} has no {name}", "set target.path to a checkpoint with its tokenizer"
-                ) from None
-            continue
-        digest.update(json.dumps([name, len(data)]).encode() + data)
-    return digest.hexdigest()
-
-
-class Renderer:
-    """Turns messages into token ids and loss spans, with the tokenizer and chat template of a target.
-
-    The template is the tokenizer's own; the released DeepSeek-V3.2 has none, and for it the serving engine's
-    encoding is used (vllm/tokenizers/deepseek_v32_encoding.py).
-
-    Raises:
-        InputError: the directory has no usable tokenizer, no template, or another format than DeepSeek's.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        from transformers import AutoTokenizer
-
-        self.tokenizer_sha256 = tokenizer_sha256(directory)
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(directory))
-        except Exception as error:
-            raise InputError(
-                f"the tokenizer of {directory} cannot be loaded: {error}", "copy the tokenizer's files again"
-            ) from None
-        self._encode: Any = None
-        text = self._tokenizer.chat_template
-        if isinstance(text, str):
-            self.template = Template(name="jinja", sha256=sha256_json([RENDERING, text]))
-        else:
-            self._encode = _released_encoding(directory)
-            source = inspect.getsource(inspect.getmodule(self._encode))  # type: ignore[arg-type]
-            self.template = Template(name="deepseek_v32", sha256=sha256_json([RENDERING, source]))
-        vocabulary = self._tokenizer.get_vocab()
-        if ASSISTANT not in vocabulary or self._tokenizer.eos_token_id is None:
-            raise InputError(
-                f"the tokenizer of {directory} has no token {ASSISTANT} or no end token",
-                "only DeepSeek's chat format is known",
-            )
-        self._assistant = vocabulary[ASSISTANT]
-        self._marks = [vocabulary[t] for t in (THINK, END_THINK) if t in vocabulary]
-        self.stop_ids = (int(self._tokenizer.eos_token_id),)
-        control = set(self._tokenizer.get_added_vocab()) | set(self._tokenizer.all_special_tokens)
-        control -= {THINK, END_THINK}
-        self._control = re.compile("|".join(map(re.escape, sorted(control))))
-
-    def check(self, messages: Sequence[dict[str, str]]) -> None:
-        """Refuse text that would pass for the template's own marks. Raises ValueError naming the message."""
-        for i, message in enumerate(messages, 1):
-            found = self._control.search(message["content"])
-            if found:
-                raise ValueError(f"message {i} contains the control token {found[0]!r}")
-
-    def text(self, messages: Sequence[dict[str, str]], thinking: bool, generate: bool) -> str:
-        """A conversation as the target sees it; with `generate` up to the place where an answer begins."""
-        if self._encode is None:
-            text = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generate, thinking=thinking
-            )
-            assert isinstance(text, str)
-            return text
-        split = []
-        for message in messages:
-            reasoning, mark, content = message["content"].rpartition(END_THINK)
-            if message["role"] == "assistant" and mark:
-                split.append(
-                    {"role": "assistant", "content": content, "reasoning": reasoning.removeprefix(THINK)}
-                )
-            else:
-                split.append(message)
-        return self._encode(split, thinking_mode="thinking" if thinking else "chat")
-
-    def ids(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, uint32 [T]."""
-        if not texts:
-            return []
-        encoded = self._tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)
-        return [np.asarray(ids, np.uint32) for ids in encoded["input_ids"]]
-
-    def spans(self, ids: np.ndarray) -> tuple[tuple[int, int], ...]:
-        """Token ranges [start, stop) of the answers, each with its end token."""
-        stops = np.flatnonzero(np.isin(ids, self.stop_ids))
-        found = []
-        for start in np.flatnonzero(ids == self._assistant) + 1:
-            if start < len(ids) and ids[start] in self._marks:
-                start += 1
-            later = stops[stops >= start]
-            found.append((int(start), int(later[0]) + 1 if len(later) else len(ids)))
-        return tuple((a, b) for a, b in found if a < b)
-
-
-def _released_encoding(directory: Path) -> Any:
-    from configs.target import target_config
-
-    kind = target_config(directory).get("model_type")
-    if kind != "deepseek_v32":
-        raise InputError(
-            f"the tokenizer of {directory} has no chat template, and none is known for {kind}",
-            "add chat_template to tokenizer_config.json",
-        )
-    from vllm.tokenizers.deepseek_v32_encoding import encode_messages
-
-    return encode_messages
-
-
-def _number(*parts: Any) -> int:
-    """A 64-bit hash of JSON values."""
-    text = json.dumps(parts, ensure_ascii=False, separators=(",", ":"))
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
-
-
-def _content(conversation: Conversation, config: PromptsConfig) -> int:
-    return _number(config.answers, conversation.messages, conversation.thinking)
-
-
-def _is_held_out(content: int, config: PromptsConfig, seed: int) -> bool:
-    return _number("held out", seed, content) < config.held_out * 2**64
-
-
-def held_out_lines(config: PromptsConfig, seed: int) -> set[int]:
-    """Lines, from 1, of the conversations of `prompts.path` that are kept from training."""
-    assert config.path is not None
-    return {
-        item.line
-        for item in read_conversations(config.path, config.answers, config.limit)
-        if not isinstance(item, Reject) and _is_held_out(_content(item, config), config, seed)
-    }
-
-
-BATCH = 1024  # conversations tokenised at a time
-
-
-def load_prompts(config: PromptsConfig, target: Path, seed: int) -> Prompts:
+def load_prompts(config: PromptsConfig, target: Path) -> Prompts:
     """Read, check, render and number every conversation of `prompts.path`.
 
-    Conversations that would become the same document are used once. Reading the same unchanged file again in
+    Conversations that would become the same document are used once. Reading the same unchanged files again in
     one process gives the same object.
 
     Raises:
         InputError: no path, no such file, or no tokenizer at the target.
-        NoConversationsError: nothing in the file is usable.
+        NoConversationsError: nothing in the files is usable.
     """
-    if config.path is None:
-        raise InputError("prompts.path is not set", "set it to a JSONL file of conversations")
-    try:
-        state = config.path.stat()
-    except OSError as error:
-        raise InputError(
-            f"there is no file of conversations {config.path}: {error.strerror}",
-            "set prompts.path to a JSONL file of conversations",
-        ) from None
-    return _load(config, Path(target), seed, (state.st_mtime_ns, state.st_size))
+    files = find_files(config.path)
+    state = tuple((str(f), s.st_mtime_ns, s.st_size) for f, s in ((f, f.stat()) for f in files))
+    return _load(config, Path(target), state)
 
 
 @lru_cache(maxsize=1)
-def _load(config: PromptsConfig, target: Path, seed: int, _state: tuple[int, int]) -> Prompts:
-    assert config.path is not None
-    renderer = Renderer(target)
-    rejects: list[Reject] = []
-    documents: list[Document] = []
-    seen: set[int] = set()
-    duplicates = 0
-    batch: list[tuple[Conversation, str, int]] = []
-
-    def flush() -> None:
-        for (conversation, _, content), ids in zip(
-            batch, renderer.ids([t for _, t, _ in batch]), strict=True
-        ):
-            document = _document(config, renderer, conversation, ids, content, seed)
-            (rejects if isinstance(document, Reject) else documents).append(document)  # type: ignore[arg-type]
-        batch.clear()
-
-    for item in read_conversations(config.path, config.answers, config.limit):
-        if isinstance(item, Reject):
-            rejects.append(item)
-            continue
-        content = _content(item, config)
-        if content in seen:
-            duplicates += 1
-            continue
-        try:
-            renderer.check(item.messages)
-            text = renderer.text(item.messages, item.thinking, config.answers == "target")
-        except Exception as error:
-            # a template may raise anything
-            rejects.append(Reject(str(config.path), item.line, item.name, str(error) or type(error).__name__))
-            continue
-        seen.add(content)
-        batch.append((item, text, content))
-        if len(batch) == BATCH:
-            flush()
-    flush()
-    rejects.sort(key=lambda r: r.line)
-    if not documents:
-        raise NoConversationsError(config.path, rejects)
+def _load(config: PromptsConfig, target: Path, state: tuple[tuple[str, int, int], ...]) -> Prompts:
+    builder = _Builder(config, Renderer(target))
+    files = [Path(name) for name, _, _ in state]
+    for file in files:
+        for item in read_conversations(file, config.answers, config.max_length):
+            builder.add(item)
+            if builder.found == config.limit:
+                break
+        builder.flush()
+        if builder.found == config.limit:
+            break
+    order = {str(file): i for i, file in enumerate(files)}
+    rejects = sorted(builder.rejects, key=lambda r: (order[r.file], r.line))
+    duplicates = builder.documents.finish()
+    if not len(builder.documents):
+        raise NoConversationsError(files, rejects)
+    renderer = builder.renderer
     return Prompts(
-        tuple(documents),
+        builder.documents,
         tuple(rejects),
         duplicates,
         renderer.tokenizer_sha256,
         renderer.template,
-        renderer.stop_ids,
+        builder.turns,
     )
 
 
-def _document(
-    config: PromptsConfig,
-    renderer: Renderer,
-    conversation: Conversation,
-    ids: np.ndarray,
-    content: int,
-    seed: int,
-) -> Document | Reject:
-    file, limit = str(config.path), config.max_length
-    room = limit - len(ids)
-    if room < (1 if config.answers == "target" else 0):
-        reason = f"too long: {len(ids)} tokens, prompts.max_length is {limit}"
-        if config.answers == "target":
-            reason += " with the answer"
-        return Reject(file, conversation.line, conversation.name, reason)
-    spans: tuple[tuple[int, int | None], ...] = ((len(ids), None),)
-    if config.answers == "given":
-        spans = renderer.spans(ids)
-        if not spans:
-            return Reject(file, conversation.line, conversation.name, "the rendered text has no answer")
-    return Document(
-        uid=_number(content, renderer.tokenizer_sha256, renderer.template.sha256),
-        input_ids=ids,
-        spans=spans,
-        answer_tokens=min(config.max_answer_tokens, room) if config.answers == "target" else 0,
-        held_out=_is_held_out(content, config, seed),
-        name=conversation.name,
-        line=conversation.line,
-        source=Path(file).name,
-    )
+@dataclass(frozen=True)
+class _Text:
+    """A conversation as text: pieces read and written in turn."""
+
+    conversation: Conversation
+    thinking: bool
+    segments: list[str]
+
+
+class _Builder:
+    """Turns what the readers give into documents and rejects, a batch at a time."""
+
+    def __init__(self, config: PromptsConfig, renderer: Renderer) -> None:
+        self.config, self.renderer = config, renderer
+        self.turns = Turns(
+            renderer.think,
+            renderer.end_think,
+            renderer.stop_ids,
+            config.max_length,
+            config.max_answer_tokens,
+        )
+        self.documents = Documents(config.max_length, config.max_answer_tokens)
+        self.rejects: list[Reject] = []
+        self.found = 0
+        self._batch: list[_Text] = []
+        self._read, self._kept, self._said = 0, 0, time.monotonic()
+        # top_p does nothing where the most likely token is taken
+        self._sampling = (config.temperature, config.top_p) if config.temperature else (0, None)
+
+    def add(self, item: Conversation | ReadyTokens | Reject) -> None:
+        self._read += 1
+        if time.monotonic() - self._said > SAY_SECONDS:
+            self._said = time.monotonic()
+            log("prompts", f"{self._read:,} conversations read, {len(self.rejects):,} rejected so far")
+        if isinstance(item, Reject):
+            self.rejects.append(item)
+            return
+        self.found += 1
+        try:
+            if isinstance(item, ReadyTokens):
+                self._add_ready(item)
+            else:
+                self._batch += self._texts(item)
+        except ValueError as error:
+            self._reject(item.place, str(error))
+        if len(self._batch) >= BATCH:
+            self.flush()
+
+    def _reject(self, place: Place, reason: str) -> None:
+        self.rejects.append(Reject(place.file, place.line, place.name, reason))
+
+    def _texts(self, conversation: Conversation) -> list[_Text]:
+        """The texts of a conversation, one for each way to answer it. Raises ValueError: it is unusable."""
+        config, renderer = self.config, self.renderer
+        generate = config.answers != "given"
+        wanted = {"auto": [conversation.thinking], "on": [True], "off": [False], "both": [False, True]}
+        found = []
+        for thinking in wanted[config.thinking]:
+            if not generate and thinking != conversation.thinking:
+                has = "reasons" if conversation.thinking else "does not reason"
+                raise ValueError(f'the last answer {has}, and prompts.thinking is "{config.thinking}"')
+            segments = renderer.segments(conversation, thinking, generate)
+            size = sum(len(s.encode()) for s in segments[: 1 if config.answers == "every" else None])
+            most = config.max_length * renderer.longest_token
+            if size > most:
+                raise ValueError(
+                    f"too long: {size:,} bytes of text, more than prompts.max_length = {config.max_length}"
+                    " tokens can be"
+                )
+            found.append(_Text(conversation, thinking, segments))
+        return found
+
+    def flush(self) -> None:
+        """Tokenise the texts that wait."""
+        texts = [segment for text in self._batch for segment in text.segments]
+        ids = iter(self.renderer.ids(texts))
+        for text in self._batch:
+            try:
+                self._add_tokens(text, [next(ids) for _ in text.segments])
+            except ValueError as error:
+                self._reject(text.conversation.place, str(error))
+        self._batch.clear()
+
+    def _add_tokens(self, text: _Text, pieces: list[np.ndarray]) -> None:
+        """Make a document of the pieces read and written in turn."""
+        config, conversation = self.config, text.conversation
+        turns: list[np.ndarray] = []
+        spans: list[tuple[int, int | None]] = []
+        if config.answers == "every":
+            ids, *turns = pieces[::2]
+        else:
+            ids = np.concatenate(pieces)
+        if config.answers == "given":
+            ends = np.cumsum([len(p) for p in pieces]).tolist()
+            spans = [(ends[i - 1], ends[i]) for i in range(1, len(pieces), 2) if ends[i] > ends[i - 1]]
+            if not spans:
+                raise ValueError("the rendered text has no answer")
+            self._require_room(len(ids), 0)
+            self._append(conversation.place, conversation.content, ids, tuple(spans), 0, ["given"])
+            return
+        prompts = [ids, *turns]
+        if text.thinking:
+            think, end_think = self.renderer.think, self.renderer.end_think
+            if prompts[-1][-1] != think:
+                raise ValueError("the chat template has no way to ask for reasoning")
+            # only the last question's mark is rendered as one that asks
+            if any(p[-1] != end_think for p in prompts[:-1]):
+                raise ValueError("the chat template marks earlier answers in a way that is not known")
+            prompts = [np.append(p[:-1], np.uint32(think)) for p in prompts]
+        ids, *turns = prompts
+        room = self._require_room(len(ids), 1)
+        answer_tokens = min(config.max_answer_tokens, room)
+        settings: list[Any] = [config.answers, *self._sampling, self.renderer.stop_ids, answer_tokens]
+        if turns:
+            settings += [config.max_length, config.max_answer_tokens, text.thinking]
+        self._append(
+            conversation.place,
+            conversation.content,
+            ids,
+            ((len(ids), None),),
+            answer_tokens,
+            settings,
+            tuple(turns),
+            text.thinking,
+        )
+
+    def _add_ready(self, item: ReadyTokens) -> None:
+        ids, vocabulary = item.input_ids, self.renderer.vocab_size
+        if ids.min() < 0 or ids.max() >= vocabulary:
+            raise ValueError(
+                f"input_ids from {ids.min()} to {ids.max()}, the target's are 0 to {vocabulary - 1}"
+            )
+        self._require_room(len(ids), 0)
+        edges = np.flatnonzero(np.diff(item.loss_mask.astype(np.int8), prepend=0, append=0))
+        spans = tuple((a, b) for a, b in edges.reshape(-1, 2).tolist())
+        self._append(item.place, item.content, ids.astype(np.uint32), spans, 0, ["given"])
+
+    def _require_room(self, length: int, least: int) -> int:
+        room = self.config.max_length - length
+        if room < least:
+            reason = f"too long: {length:,} tokens, prompts.max_length is {self.config.max_length:,}"
+            raise ValueError(reason + (" with the answer" if least else ""))
+        return room
+
+    def _append(
+        self,
+        place: Place,
+        content: bytes,
+        ids: np.ndarray,
+        spans: Spans,
+        answer_tokens: int,
+        settings: list[Any],
+        turns: tuple[np.ndarray, ...] = (),
+        thinking: bool = False,
+    ) -> None:
+        shape = [len(ids), spans if answer_tokens == 0 else None, [len(t) for t in turns]]
+        asked = hashlib.sha256(json.dumps([UIDS, settings, shape]).encode())
+        for piece in (ids, *turns):
+            asked.update(piece.astype("<u4", copy=False).tobytes())
+        same = asked.digest()
+
+        def uid(turn: int) -> int:
+            lower = hashlib.sha256(content + same + bytes([turn & 255, turn >> 8])).digest()[:4]
+            return int.from_bytes(content[:4] + lower, "big")
+
+        document = Document(
+            uid=uid(0),
+            input_ids=ids,
+            spans=spans,
+            answer_tokens=answer_tokens,
+            name=place.name,
+            line=place.line,
+            source=place.source,
+            file=place.file,
+            turns=turns,
+            turn_uids=tuple(uid(k) for k in range(1, len(turns) + 1)) if thinking else (),
+        )
+        self.documents.append(document, int.from_bytes(same[:8], "big"))
 
 
 class NoConversationsError(InputError):
     """Every line of the input is rejected; `rejects` says why."""
 
-    def __init__(self, path: Path, rejects: Sequence[Reject]) -> None:
-        first = f"; the first: line {rejects[0].line}: {rejects[0].reason}" if rejects else ""
+    def __init__(self, files: Sequence[Path], rejects: Sequence[Reject]) -> None:
+        what = str(files[0]) if len(files) == 1 else f"none of {len(files)} files"
+        first = f"; the first: {_place(rejects[0], files)}: {rejects[0].reason}" if rejects else ""
+        holds = "holds no" if len(files) == 1 else "holds a"
         super().__init__(
-            f"{path} holds no usable conversation ({len(rejects)} rejected{first})",
+            f"{what} {holds} usable conversation ({len(rejects)} rejected{first})",
             'expected lines like {"messages": [{"role": "user", "content": "..."}, ...]}',
         )
         self.rejects = tuple(rejects)
+
+
+def _place(reject: Reject, files: Sequence[Path]) -> str:
+    return f"line {reject.line}" if len(files) == 1 else f"{reject.file} line {reject.line}"
 
 
 def write_rejects(path: Path, rejects: Sequence[Reject]) -> None:

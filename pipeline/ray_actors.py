@@ -49,7 +49,7 @@ class BlockActor:
     def __init__(self, values: dict[str, Any], number: int) -> None:
         config = RunConfig.model_validate(values)
         view = choose_view(config, target_config(config.require_target()))
-        prompts = load_prompts(config.prompts, config.require_target(), config.run.seed)
+        prompts = load_prompts(config.prompts, config.require_target())
         agreed = contract(config, prompts, view).model_dump(mode="json")
         place = config.run.model_copy(update={"dir": config.run.dir / f"ray{number}"})
         settings = engine_settings(config.model_copy(update={"run": place}), prompts, agreed, view)

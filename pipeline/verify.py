@@ -17,17 +17,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from configs import run_dir
 from configs.contract import target_contract
 from configs.errors import InputError
 from configs.files import read_json, sha256_file, sha256_json, write_json
+from configs.held_out import is_held_out, uid_group
 from configs.progress import log
 from configs.provenance import vllm_version
 from configs.schema import RunConfig
 from export.check import refuse_name
 from export.checkpoint import Checkpoint
+from pipeline.conversations import input_exists
 from pipeline.greedy import compare
 from pipeline.measure import measure
 from pipeline.prompts import load_prompts
@@ -269,8 +272,10 @@ def _speed(result: dict[str, Any]) -> dict[str, Any]:
 
 def _held_out(config: RunConfig) -> list[list[int]]:
     """Prompts of the held-out conversations, up to where the last answer begins."""
-    documents = load_prompts(config.prompts, config.require_target(), config.run.seed).documents
-    prompts = [d.input_ids[: d.spans[-1][0]].tolist() for d in documents if d.held_out]
+    documents = load_prompts(config.prompts, config.require_target()).documents
+    chosen = is_held_out(uid_group(documents.uids), config.prompts.held_out, config.run.seed)
+    found = (documents[int(i)] for i in np.flatnonzero(chosen))
+    prompts = [d.input_ids[: d.spans[-1][0]].tolist() for d in found]
     return prompts[: config.verify.max_conversations]
 
 
@@ -283,9 +288,10 @@ def plan(config: RunConfig) -> str:
     """
     refuse_name(config.export_dir)
     target = config.require_target()
-    waiting = [p for p in (target, config.export_dir, config.prompts.path) if p and not p.exists()]
+    waiting = [p for p in (target, config.export_dir) if not p.exists()]
+    there = config.prompts.path is None or input_exists(config.prompts.path)
     number = "the"
-    if target not in waiting and config.prompts.path not in waiting:
+    if target.exists() and there:
         prompts = _held_out(config)
         number = f"{len(prompts):,} ({sum(map(len, prompts)):,} prompt tokens)"
     settings = config.verify
@@ -293,7 +299,7 @@ def plan(config: RunConfig) -> str:
     return (
         f"serve {number} held-out conversations, at most {settings.max_tokens:,} tokens each, with"
         f" {settings.num_speculative_tokens} draft tokens a step: {engines}, draft {config.export_dir}"
-        + "".join(f"; not yet: there is no {path}" for path in waiting)
+        + "".join(f"; not yet: there is no {path}" for path in waiting + [config.prompts.path] * (not there))
     )
 
 

@@ -133,7 +133,7 @@ def view(tmp_path_factory, tiny_checkpoint) -> Path:
 def documents(conversations_file, tiny_checkpoint) -> dict[str, list[Document]]:
     def load(**values) -> list[Document]:
         config = PromptsConfig(path=conversations_file, max_length=LENGTH, max_answer_tokens=ANSWER, **values)
-        return sorted(load_prompts(config, tiny_checkpoint, 0).documents, key=lambda d: len(d.input_ids))
+        return sorted(load_prompts(config, tiny_checkpoint).documents, key=lambda d: len(d.input_ids))
 
     return {"given": load(answers="given"), "asked": load(answers="target")}
 

@@ -14,6 +14,7 @@ import torch
 
 from configs.errors import CaptureError, ConfigError, ContractError, InputError
 from configs.files import write_json
+from configs.held_out import is_held_out, uid_group
 from configs.load import load_config
 from configs.schema import RunConfig
 from featurestore import StoreWriter, open_store
@@ -72,7 +73,7 @@ def changed(config: RunConfig, **values) -> RunConfig:
 
 
 def prompts_of(config: RunConfig):
-    return load_prompts(config.prompts, config.target.path, config.run.seed)
+    return load_prompts(config.prompts, config.target.path)
 
 
 def test_plan_counts_and_writes_nothing(config, tiny_config):
@@ -119,7 +120,7 @@ def test_blocks_are_a_pure_function_of_the_input(config):
         changed(config, prompts__answers="given"),
         changed(config, prompts__max_length=96),
         changed(config, prompts__max_answer_tokens=16),
-        changed(config, prompts__held_out=0.9),
+        changed(config, prompts__temperature=0.5),
     ):
         assert not {b.name for b in first} & {b.name for b in blocks(other, prompts_of(other))}
 
@@ -280,7 +281,7 @@ def assert_answers_follow_their_prompts(store, config: RunConfig) -> None:
         assert document.input_ids[:first].tolist() == prompt.input_ids.tolist()
         assert 0 < length - first <= 32
         assert document.loss_mask.tolist() == [j >= first for j in range(length)]
-        assert document.held_out == prompt.held_out
+        assert document.held_out == is_held_out(uid_group(document.uid), 0.2, config.run.seed)
         assert len(document.hidden) == length
 
 

@@ -8,11 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
+from vllm.tokenizers.deepseek_v32_encoding import encode_messages
 
 from configs.errors import InputError
 from configs.files import read_json, write_json
+from configs.held_out import is_held_out, uid_group
 from configs.schema import PromptsConfig
-from pipeline.prompts import Conversation, Reject, Renderer, load_prompts, read_conversations, write_rejects
+from pipeline.conversations import Conversation, Reject, read_conversations
+from pipeline.prompts import load_prompts, write_rejects
+from pipeline.render import Renderer
 
 GOOD = {
     "id": "good",
@@ -31,8 +35,8 @@ def write(path: Path, *lines) -> Path:
     return path
 
 
-def load(path: Path, target: Path, seed: int = 0, **settings):
-    return load_prompts(PromptsConfig(path=path, **settings), target, seed)
+def load(path, target: Path, **settings):
+    return load_prompts(PromptsConfig(path=path, **settings), target)
 
 
 BAD = [
@@ -41,10 +45,10 @@ BAD = [
     ([1, 2], 'list "messages"'),
     ({"messages": {}}, 'list "messages"'),
     ({"messages": []}, "empty"),
-    ({"messages": ["hello"]}, "message 1 is a str"),
+    ({"messages": ["hello"]}, "message 1 is text"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "unknown role 'robot'"),
     ({"messages": [{"content": "x"}]}, "unknown role None"),
-    ({"messages": [{"role": "user", "content": 3}]}, "content of message 1 is a int"),
+    ({"messages": [{"role": "user", "content": 3}]}, "content of message 1 is a number"),
     ({"messages": [{"role": "user", "content": "  "}]}, "message 1 (user) is empty"),
     ({"messages": [{"role": "assistant", "content": "x"}]}, "expected user"),
     ({"messages": [{"role": "system", "content": "x"}]}, "no message from user"),
@@ -141,7 +145,12 @@ def test_numbers_are_stable_and_depend_on_what_the_document_is(tmp_path, convers
         return [d.uid for d in load(conversations_file, tiny_checkpoint, **settings).documents]
 
     first = uids()
-    assert first == uids(max_length=1024)  # how much room there is does not change what it is
+    assert first == uids(max_length=4096)  # more room than an answer can take changes nothing
+    assert first == uids(held_out=0.5, max_loop_share=0.1)
+    for other in ({"max_answer_tokens": 512}, {"temperature": 0.5}, {"top_p": 0.9}):
+        assert not set(first) & set(uids(**other))
+        assert [uid_group(u) for u in first] == [uid_group(u) for u in uids(**other)]
+    assert uids(temperature=0.0) == uids(temperature=0.0, top_p=0.5)  # which then does nothing
     assert len({*first, *uids(answers="given")}) == 2 * len(first)
     assert all(0 <= u < 2**64 for u in first)
 
@@ -150,10 +159,10 @@ def test_numbers_are_stable_and_depend_on_what_the_document_is(tmp_path, convers
     shutil.copytree(tiny_checkpoint, changed)
     config = read_json(changed / "tokenizer_config.json")
     write_json(
-        changed / "tokenizer_config.json", config | {"chat_template": config["chat_template"] + "{# 2 #}"}
+        changed / "tokenizer_config.json", config | {"chat_template": config["chat_template"] + "{{ ' ' }}"}
     )
     path = PromptsConfig(path=conversations_file)
-    assert not {d.uid for d in load_prompts(path, changed, 0).documents} & set(first)
+    assert not {d.uid for d in load_prompts(path, changed).documents} & set(first)
 
 
 def test_duplicates_are_used_once(tmp_path, tiny_checkpoint):
@@ -170,10 +179,13 @@ def test_held_out_follows_content_and_seed_not_the_place(tmp_path, tiny_checkpoi
     forward = write(tmp_path / "a.jsonl", *lines)
     backward = write(tmp_path / "b.jsonl", *reversed(lines))
 
-    def held_out(path, seed=0):
-        return {d.uid for d in load(path, tiny_checkpoint, seed, held_out=0.2).documents if d.held_out}
+    def held_out(path, seed=0, **settings):
+        documents = load(path, tiny_checkpoint, **settings).documents
+        chosen = is_held_out(uid_group(documents.uids), 0.2, seed)
+        return {documents[int(i)].name or documents[int(i)].line for i in np.flatnonzero(chosen)}
 
-    assert held_out(forward) == held_out(backward)
+    assert held_out(forward) == {201 - line for line in held_out(backward)}
+    assert held_out(forward) == held_out(forward, answers="given", max_length=64, max_answer_tokens=8)
     assert held_out(forward) != held_out(forward, seed=1)
     assert 20 < len(held_out(forward)) < 60
 
@@ -184,9 +196,13 @@ def test_limit_takes_the_first_conversations(conversations_file, tiny_checkpoint
     assert [d.uid for d in some] == [d.uid for d in everything[:3]]
 
 
-def test_the_released_encoding_writes_the_same_text(
-    tmp_path, conversations, conversations_file, tiny_checkpoint
-):
+def plain(message: dict) -> dict:
+    """As the server's own code takes it: the reasoning of an answer apart from its content."""
+    reasoning, _, content = message["content"].rpartition("</think>")
+    return message | {"content": content, "reasoning": reasoning.removeprefix("<think>")}
+
+
+def test_the_released_encoding_writes_the_same_text(tmp_path, conversations_file, tiny_checkpoint):
     """A checkpoint without a chat template is encoded by the engine's own code for DeepSeek-V3.2."""
     bare = tmp_path / "bare"
     shutil.copytree(tiny_checkpoint, bare)
@@ -195,11 +211,14 @@ def test_the_released_encoding_writes_the_same_text(
     write_json(bare / "tokenizer_config.json", config)
     released, jinja = Renderer(bare), Renderer(tiny_checkpoint)
     assert (released.template.name, jinja.template.name) == ("deepseek_v32", "jinja")
-    for conversation in conversations:
-        messages = conversation["messages"]
-        thinking = messages[-1]["content"].startswith("<think>")
-        assert released.text(messages, thinking, False) == jinja.text(messages, thinking, False)
-        assert released.text(messages[:-1], thinking, True) == jinja.text(messages[:-1], thinking, True)
+    for answers in ("given", "target"):
+        for c in read_conversations(conversations_file, answers):
+            generate = answers == "target"
+            pieces = released.segments(c, c.thinking, generate)
+            assert pieces == jinja.segments(c, c.thinking, generate)
+            assert len(pieces) % 2 == generate
+            messages = [plain(m) for m in c.messages]
+            assert "".join(pieces) == encode_messages(messages, "thinking" if c.thinking else "chat")
 
     write_json(bare / "config.json", read_json(bare / "config.json") | {"model_type": "deepseek_v3"})
     with pytest.raises(InputError, match="no chat template"):

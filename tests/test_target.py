@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, DeepseekV3ForCausalLM, Deeps
 from configs.errors import InputError
 from configs.files import read_json
 from configs.schema import TinyConfig
-from pipeline.prompts import require_conversations
+from pipeline.conversations import require_conversations
 from pipeline.tiny.backbone import load_backbone
 from pipeline.tiny.target import build_target, dry_run
 from pipeline.tiny.tokenizer import SPECIAL_TOKENS, train_tokenizer

@@ -22,6 +22,7 @@ class EngineSettings:
     queue_bytes: int
     log: str
     vllm: dict[str, Any]
+    held_out: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import numpy as np
 
 from configs.contract import aux_layers
 from configs.errors import CaptureError, revive
+from configs.held_out import is_held_out, uid_group
 from pipeline.capture.engine import BlockResult, EngineSettings
 from pipeline.prompts import Document
 
@@ -146,7 +147,7 @@ class Engine:
                     "uid": document.uid,
                     "spans": [list(span) for span in document.spans],
                     "source": document.source,
-                    "held_out": document.held_out,
+                    "held_out": is_held_out(uid_group(document.uid), settings.held_out, settings.seed),
                     "stop": list(settings.stop_ids) if document.answer_tokens else [],
                 }
                 self._add(str(document.uid), document.input_ids, document.answer_tokens + 1, fields)

@@ -11,7 +11,7 @@ from configs.errors import InputError
 from configs.files import read_json, sha256_file, sha256_json
 from configs.progress import log
 from configs.schema import PromptsConfig, TinyConfig
-from pipeline.prompts import held_out_lines, require_conversations
+from pipeline.conversations import held_out_lines, require_conversations
 from pipeline.tiny.backbone import Backbone
 from pipeline.tiny.tokenizer import train_tokenizer
 from pipeline.tiny.training import train
@@ -54,13 +54,10 @@ def build_target(
         InputError: the conversations cannot be used, or `directory` holds something this did not build.
     """
     directory = Path(directory)
+    _require_file(tiny)
     unseen: set[int] = set()
-    if (
-        prompts is not None
-        and prompts.path is not None
-        and prompts.path.resolve() == tiny.conversations.resolve()
-    ):
-        unseen = held_out_lines(prompts, seed)
+    if prompts is not None and prompts.path is not None:
+        unseen = held_out_lines(tiny.conversations, prompts.held_out, seed)
     key = build_key(tiny, seed, unseen)
     if directory.exists() and any(directory.iterdir()):
         try:
@@ -79,7 +76,7 @@ def build_target(
         pass  # where nothing can be written that shows now, not after the training
     conversations = require_conversations(tiny.conversations)
     tokenizer = train_tokenizer(conversations, tiny.vocab_size)
-    seen = [list(c.messages) for c in conversations if c.line not in unseen]
+    seen = [list(c.messages) for c in conversations if c.place.line not in unseen]
     texts = tokenizer.apply_chat_template(seen, tokenize=False)
     documents = [torch.tensor(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     total = sum(map(len, documents))
@@ -99,11 +96,15 @@ def build_key(tiny: TinyConfig, seed: int, unseen: set[int]) -> str:
         tiny, seed: the settings.
         unseen: lines of the conversations that it is not trained on.
     """
+    _require_file(tiny)
+    settings = tiny.model_dump(mode="json", exclude={"conversations"})
+    made_from = {"build": BUILD, "tiny": settings, "conversations": sha256_file(tiny.conversations)}
+    return sha256_json({**made_from, "seed": seed, "unseen": sorted(unseen)})
+
+
+def _require_file(tiny: TinyConfig) -> None:
     if not tiny.conversations.is_file():
         raise InputError(
             f"tiny.conversations: no file {tiny.conversations}",
             hint="run `python -m data.make_conversations`, or name a JSONL file of conversations",
         )
-    settings = tiny.model_dump(mode="json", exclude={"conversations"})
-    made_from = {"build": BUILD, "tiny": settings, "conversations": sha256_file(tiny.conversations)}
-    return sha256_json({**made_from, "seed": seed, "unseen": sorted(unseen)})

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from configs.files import write_json
 from configs.schema import TinyConfig
 from export.keymap import layer_shapes
-from pipeline.prompts import require_conversations
+from pipeline.conversations import require_conversations
 from pipeline.tiny.tokenizer import train_tokenizer
 
 __all__ = ["checkpoint_shapes", "config_json", "random_checkpoint", "write_checkpoint"]
