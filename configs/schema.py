@@ -312,6 +312,9 @@ class ServeConfig(Section):
     """Passed to `vllm serve` untouched; `max_model_len = 8192` becomes `--max-model-len 8192`."""
 
 
+# a dump steps each engine by itself, and the data-parallel ranks of one would have to step together
+DATA_PARALLEL = "data_parallel_"
+
 # keys of the pass-through tables that another setting decides
 OWNED: dict[str, frozenset[str]] = {
     "dump.vllm": frozenset(
@@ -371,6 +374,12 @@ class RunConfig(Section):
             raise ValueError(
                 "prompts.thinking = 'both' needs the target's answers: prompts.answers = 'given'"
             )
+        for name in sorted(self.dump.vllm):
+            if name.startswith(DATA_PARALLEL):
+                raise ValueError(
+                    f"dump.vllm.{name}: an engine of a dump cannot be data-parallel; give it GPUs with"
+                    " dump.tensor_parallel_size, and start several with dump.worker or dump.ray"
+                )
         for table, owned in OWNED.items():
             section, key = table.split(".")
             value = getattr(getattr(self, section), key)

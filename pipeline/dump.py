@@ -105,7 +105,8 @@ def plan(config: RunConfig) -> DumpPlan:
     """
     target_dir = config.require_target()
     target = target_config(target_dir, planning=True)
-    view = choose_view(config, target)
+    # planned for the machine it will run on: the native view asks for a GPU there, not here
+    view = choose_view(config, target, gpu=config.dump.view == "native" or None)
     check_aux_layers(config, target)
     per_token = 2 * target["hidden_size"] * (1 + len(config.dump.aux_layers)) + 4 + 1
     empty = DumpPlan(per_token, None, 0, 0, 0, 0, 0, 0, 0, 0, view, config.store_path)

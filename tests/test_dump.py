@@ -139,9 +139,12 @@ def test_documents_beyond_index_topk_are_refused_through_the_view(config, tiny_c
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU serves sparse attention")
-def test_the_native_view_is_refused_without_a_gpu(config):
+def test_the_native_view_is_planned_anywhere_and_refused_where_it_would_run_without_a_gpu(config):
+    native = changed(config, dump__view="native")
+    assert plan(native).view == "native"
+    assert plan(native).documents == COUNT
     with pytest.raises(ConfigError, match="no sparse attention without a GPU"):
-        plan(changed(config, dump__view="native"))
+        run(native)
 
 
 def test_rejects_are_written_even_where_nothing_is_left(config):

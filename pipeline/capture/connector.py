@@ -192,7 +192,8 @@ class StoreConnector(KVConnectorBase_V1, SupportsHMA):
     def _copy(self, save: Save) -> None:
         assert self._cache is not None
         assert self._writers is not None
-        blocks = torch.tensor(save.block_ids, dtype=torch.long)
+        # from pageable memory even an asynchronous copy would hold this thread, which launches the steps
+        blocks = torch.tensor(save.block_ids, dtype=torch.long, pin_memory=self._cache.is_cuda)
         count = len(save.token_ids)
         event = None
         if self._stream is None:
@@ -294,6 +295,11 @@ def rows(cache_NSBD: torch.Tensor, blocks: torch.Tensor, count: int) -> torch.Te
 
 class CaptureWorker:
     """Mixed into the engine's workers (`worker_extension_cls`): the driver's calls, by `collective_rpc`."""
+
+    def layer61_cudagraph_mode(self) -> Any:
+        """Name of the mode of CUDA graphs that the engine has settled on."""
+        mode = self.vllm_config.compilation_config.cudagraph_mode  # type: ignore[attr-defined]
+        return mode.name
 
     def layer61_open(self, block: str, store: str, contract: dict[str, Any], compression: str) -> Any:
         """Open a part; None, or the error described."""

@@ -10,6 +10,11 @@ DeepSeek-V3.2 those lack the last layer, and with tensor parallelism they are su
 feed-forward is summed over the ranks only in the norm behind it. There we take what enters the chosen layers
 ourselves, and sum it.
 
+vLLM's layer declares no support for CUDA graphs, and the engine takes the least that any layer declares: a
+target without compiled pieces would run without graphs at all. Ours declares what holds: the copy into the
+cache is a scatter by the engine's own slot mapping, whose buffer stays in place from step to step, and rows
+of padding go to the null block, which no request owns.
+
 Legend: T tokens of a step, S states of a token, D hidden_size.
 """
 
@@ -22,16 +27,39 @@ from vllm.config import VllmConfig
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_world_size
 from vllm.model_executor.models.deepseek_v2 import DeepseekV3ForCausalLM
-from vllm.model_executor.models.extract_hidden_states import CacheOnlyAttentionLayer
+from vllm.model_executor.models.extract_hidden_states import (
+    CacheOnlyAttentionBackend,
+    CacheOnlyAttentionLayer,
+    CacheOnlyAttentionMetadataBuilder,
+)
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.models.deepseek_v32 import DeepseekV32ForCausalLM
 from vllm.sequence import IntermediateTensors
+from vllm.v1.attention.backend import AttentionCGSupport
 
 from configs.errors import CaptureError
 
-__all__ = ["CapturingDeepseekV3ForCausalLM", "CapturingDeepseekV32ForCausalLM", "take_inputs"]
+__all__ = ["CapturingDeepseekV3ForCausalLM", "CapturingDeepseekV32ForCausalLM", "StatesLayer", "take_inputs"]
 
 CONNECTOR = "StoreConnector"
+
+
+class StatesBuilder(CacheOnlyAttentionMetadataBuilder):
+    _cudagraph_support = AttentionCGSupport.ALWAYS
+
+
+class StatesBackend(CacheOnlyAttentionBackend):
+    @staticmethod
+    def get_builder_cls() -> type[StatesBuilder]:
+        return StatesBuilder
+
+
+class StatesLayer(CacheOnlyAttentionLayer):
+    """vLLM's layer that only caches, with the backend that may be part of a CUDA graph."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.attn_backend = StatesBackend
 
 
 def take_inputs(layers: nn.ModuleList, chosen: list[int]) -> list[torch.Tensor]:
@@ -57,7 +85,7 @@ class Capturing:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         transfer = vllm_config.kv_transfer_config
-        self.states: CacheOnlyAttentionLayer | None = None
+        self.states: StatesLayer | None = None
         self.taken: list[torch.Tensor] | None = None
         if transfer is None or transfer.kv_connector != CONNECTOR:
             return
@@ -66,7 +94,7 @@ class Capturing:
             self._choose(aux_layers)
         if not get_pp_group().is_last_rank:
             return
-        self.states = CacheOnlyAttentionLayer(
+        self.states = StatesLayer(
             num_heads=len(aux_layers) + 1,
             head_size=vllm_config.model_config.get_hidden_size(),
             # states keep the model's dtype whatever that of the attention cache

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+from torch import cuda
 
 from configs.errors import CaptureError, describe, revive
 from pipeline import child
@@ -34,7 +35,7 @@ def _serve(settings: EngineSettings, connection: Connection) -> None:
     except BaseException as error:
         connection.send(("error", describe(error)))
         return
-    connection.send(("ready", None))
+    connection.send(("ready", engine.cudagraph_mode))
     with contextlib.suppress(EOFError):
         while True:
             method, args = connection.recv()
@@ -52,15 +53,16 @@ def _serve(settings: EngineSettings, connection: Connection) -> None:
                 connection.send(("result", result))
 
 
-# read when the process starts, before any of our code runs in it; what the user has set wins. On CPU, the
-# barriers of OpenMP stall where its threads, the scheduler and the writers want more cores than there are.
+# Read when the process starts, before any of our code runs in it; what the user has set wins.
 ENVIRONMENT = {
     CAPTURE_VARIABLE: "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // 2)),
 }
+# On CPU the barriers of OpenMP stall where its threads, the scheduler and the writers want more cores than
+# there are; for workers beside GPUs vLLM chooses the number itself.
+CPU_ENVIRONMENT = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // 2))}
 
 
 class Capture:
@@ -75,10 +77,11 @@ class Capture:
         self._connection, theirs = multiprocessing.Pipe()
         Path(settings.log).parent.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
-        self._process = child.start(_serve, (settings, theirs), "layer61-engine", ENVIRONMENT)
+        environment = ENVIRONMENT | ({} if cuda.is_available() else CPU_ENVIRONMENT)
+        self._process = child.start(_serve, (settings, theirs), "layer61-engine", environment)
         theirs.close()
         try:
-            self._answer(lambda tokens: None)
+            self.cudagraph_mode = self._answer(lambda tokens: None)
         except BaseException:
             self.close()
             raise

@@ -36,6 +36,7 @@ class Session:
     def _engine(self) -> Capture:
         if self._capture is None:
             self._capture = Capture(self.settings)
+            log("dump", f"the engine is ready, CUDA graphs: {self._capture.cudagraph_mode}")
             self.start_seconds += self._capture.start_seconds
             if self._probe is not None:
                 compare_with_first_start(self._capture, self._probe, self._probe_ids)

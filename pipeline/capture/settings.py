@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from torch import cuda
+
 from configs import run_dir
 from configs.contract import Contract, Engine, State, norm_and_head_sha256, target_contract
 from configs.errors import ConfigError
@@ -14,21 +16,26 @@ from pipeline.view import make_view
 __all__ = ["check_aux_layers", "choose_view", "contract", "engine_settings"]
 
 
-def choose_view(config: RunConfig, target: dict[str, Any]) -> str:
-    """`native` or `v3`, from `dump.view` and what this machine can do.
+def choose_view(config: RunConfig, target: dict[str, Any], *, gpu: bool | None = None) -> str:
+    """`native` or `v3`, from `dump.view` and what the engine's machine can do.
+
+    Args:
+        config: the settings.
+        target: the target's `config.json`.
+        gpu: whether that machine has a GPU; None where it is this one.
 
     Raises:
-        ConfigError: the view cannot serve this target, here, or at this document length.
+        ConfigError: the view cannot serve this target there, or at this document length.
     """
     sparse = target.get("model_type") == "deepseek_v32"
     view = config.dump.view
     if not sparse:
         return "native"
-    from torch import cuda
-
+    if gpu is None:
+        gpu = cuda.is_available()
     if view == "auto":
-        view = "native" if cuda.is_available() else "v3"
-    if view == "native" and not cuda.is_available() and config.target.path and config.target.path.exists():
+        view = "native" if gpu else "v3"
+    if view == "native" and not gpu:
         raise ConfigError(
             "dump.view = 'native': vLLM has no sparse attention without a GPU", "set dump.view to auto or v3"
         )

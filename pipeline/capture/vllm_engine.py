@@ -19,6 +19,7 @@ import numpy as np
 from configs.contract import aux_layers
 from configs.errors import CaptureError, revive
 from configs.held_out import is_held_out, uid_group
+from pipeline.capture import gpu
 from pipeline.capture.engine import BlockResult, EngineSettings
 from pipeline.prompts import Document
 
@@ -42,6 +43,7 @@ class Engine:
         from pipeline.capture.plugin import register
 
         register()
+        gpu.refuse_data_parallel()
         self.settings = settings
         # one token behind the end token of the longest document
         length = settings.max_length + 2
@@ -49,6 +51,8 @@ class Engine:
         if current_platform.is_cpu():
             arguments |= {"max_num_seqs": CPU_SEQUENCES, "max_num_batched_tokens": max(4096, length)}
             arguments |= {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES, "enforce_eager": True}
+        elif settings.vllm.get("distributed_executor_backend") != "ray":  # its GPUs may be elsewhere
+            gpu.wait_for_memory(lambda: gpu.free_shares(settings.tensor_parallel_size), settings.vllm)
         self.llm = LLM(
             **arguments
             | settings.vllm
@@ -72,6 +76,9 @@ class Engine:
             }
         )
         self.engine = self.llm.llm_engine
+        self.cudagraph_mode = self._call("layer61_cudagraph_mode")
+        if not current_platform.is_cpu():
+            gpu.require_cudagraphs(self.cudagraph_mode, settings.vllm)
 
     def _call(self, method: str, *args: Any) -> Any:
         """Call every worker; the answer of the one that writes."""
