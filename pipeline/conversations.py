@@ -16,6 +16,7 @@ import glob
 import hashlib
 import io
 import json
+import lzma
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -190,9 +191,9 @@ def _records(path: Path, max_length: int | None) -> Iterator[tuple[int, Any]]:
                 raise InputError(f"{path} is {kind}", "unpack it or write it as UTF-8: one object a line")
             most = max(LEAST_BYTES, BYTES_PER_TOKEN * max_length) if max_length else None
             yield from _lines(path, _decompressed(file, start), most)
-    except OSError as error:
+    except (OSError, EOFError, lzma.LZMAError) as error:
         raise InputError(
-            f"cannot read the conversations {path}: {error.strerror or error}",
+            f"cannot read the conversations {path}: {getattr(error, 'strerror', None) or error}",
             "set prompts.path, or tiny.conversations, to a JSONL or Parquet file of conversations",
         ) from None
 
@@ -200,8 +201,6 @@ def _records(path: Path, max_length: int | None) -> Iterator[tuple[int, Any]]:
 def _decompressed(file: BinaryIO, start: bytes) -> Any:
     """The file's text as a buffered stream."""
     if start.startswith(XZ):
-        import lzma
-
         return lzma.open(file)
     for magic, codec in CODECS.items():
         if start.startswith(magic):
