@@ -6,6 +6,10 @@ served unroll; the other runs `DeepseekV3DecoderLayer` once a step over its own 
 One warm-up step, then rounds in turn; figures are medians, the ratio is the median of the ratios within a
 round.
 
+Then the backward of a 6-step unroll at 64 experts (hidden 512, experts of width 256, 8 a token, 4 documents
+of 24 tokens, fp32), which forms one gradient of each stacked weight, beside the same unroll with a gradient
+at every step, added up by autograd.
+
 Prints a table and, as its last line, one JSON object.
 """
 
@@ -32,6 +36,7 @@ from train.batch import Packed
 from train.dims import Dims
 from train.draft import Draft
 from train.mtp import MTPLayer
+from train.unroll import unroll
 
 DOCUMENTS, LENGTH, STEPS = 8, 256, 3
 CONFIG = {
@@ -132,11 +137,8 @@ def contenders(dtype: torch.dtype) -> dict[str, Callable[[], float]]:
     D, V = CONFIG["hidden_size"], CONFIG["vocab_size"]
     embed, head = torch.randn(V, D, dtype=dtype), torch.randn(V, D, dtype=dtype) * D**-0.5
     ids, hidden = torch.randint(V, (DOCUMENTS, LENGTH)), torch.randn(DOCUMENTS, LENGTH, D, dtype=dtype)
-    layer = MTPLayer(Dims.from_config(CONFIG))
-    initialize(layer)
-    layer.to(dtype)
-    layer.mlp.gate.e_score_correction_bias = torch.zeros(CONFIG["n_routed_experts"])
-    layer.embed_tokens, layer.lm_head = embed, head
+    layer = layer_of(CONFIG, dtype, embed)
+    layer.lm_head = head
     draft = Draft(layer, TrainConfig(num_steps=STEPS))
     batch = Packed(
         ids.flatten(),
@@ -153,6 +155,44 @@ def contenders(dtype: torch.dtype) -> dict[str, Callable[[], float]]:
         "layer61": make_step(draft, lambda: draft(batch, rows, weights.float()).loss),
         "transformers": make_step(peer, lambda: peer(ids, hidden)),
     }
+
+
+def layer_of(config: dict, dtype: torch.dtype, embed: Tensor) -> MTPLayer:
+    """A layer of small random values."""
+    layer = MTPLayer(Dims.from_config(config))
+    initialize(layer)
+    layer.to(dtype)
+    layer.mlp.gate.e_score_correction_bias = torch.zeros(config["n_routed_experts"])
+    layer.embed_tokens = embed
+    return layer
+
+
+def backwards() -> dict[str, Callable[[], float]]:
+    """Seconds of a backward with one gradient of the experts for all steps, and with one at every step."""
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 512,
+        "moe_intermediate_size": 256,
+        "n_routed_experts": 64,
+        "num_experts_per_tok": 8,
+        "topk_group": 4,
+    }
+    layer = layer_of(CONFIG | sizes, torch.float32, torch.randn(CONFIG["vocab_size"], 512))
+    bounds = torch.arange(0, 97, 24, dtype=torch.int32)
+    ids, hidden = torch.randint(CONFIG["vocab_size"], (96,)), torch.randn(96, 512)
+
+    def timed(form: Callable[..., Tensor]) -> Callable[[], float]:
+        def run() -> float:
+            layer.zero_grad()
+            total = form(layer, ids, hidden, bounds, 6).square().sum()
+            began = time.perf_counter()
+            total.backward()
+            return time.perf_counter() - began
+
+        return run
+
+    # without its decorator, each call of the experts forms its own gradients
+    return {"once": timed(unroll), "every step": timed(unroll.__wrapped__)}
 
 
 def main() -> None:
@@ -180,6 +220,19 @@ def main() -> None:
             f"{name}_vs_transformers": round(ratio, 3),
         }
     Console().print(table)
+    forms = backwards()
+    taken: dict[str, list[float]] = {name: [] for name in forms}
+    for number in range(rounds + 1):
+        for name, run in forms.items():
+            second = run()
+            if number:
+                taken[name].append(second)
+    once, each = (statistics.median(taken[name]) * 1e3 for name in ("once", "every step"))
+    ratio = statistics.median(b / a for a, b in zip(taken["once"], taken["every step"], strict=True))
+    print(
+        f"backward of 6 steps, 64 experts: {once:.0f} ms; a gradient every step: {each:.0f} ms ({ratio:.2f})"
+    )
+    result |= {"backward_ms": round(once, 1), "backward_vs_every_step": round(ratio, 3)}
     print(json.dumps(result))
 
 
