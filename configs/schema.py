@@ -222,7 +222,9 @@ class TrainConfig(Section):
     moe_backend: Literal["auto", "torch", "grouped_mm", "triton"] = "auto"
     """Expert kernels; `auto` takes Triton on CUDA and the fastest torch form elsewhere."""
     checkpoint_every: int = Field(200, ge=1, json_schema_extra=FREE)
-    """Steps between checkpoints."""
+    """Steps between checkpoints; the last step always has one."""
+    checkpoint_minutes: float | None = Field(None, gt=0, json_schema_extra=FREE)
+    """Most minutes between checkpoints, whatever the number of steps."""
     keep_checkpoints: int = Field(2, ge=1, json_schema_extra=FREE)
     """Newest checkpoints kept; the best by offline acceptance is kept as well."""
     evaluate_every: int = Field(200, ge=1, json_schema_extra=FREE)
@@ -256,7 +258,7 @@ class Eagle3Config(Section):
 
 class EvaluateConfig(Section):
     checkpoint: str = "last"
-    """`last`, `best`, `released` (the layer before training), or the path of a checkpoint or export."""
+    """`last`, `best`, `step_000200`, `released` (before training), or the path of a checkpoint or export."""
     num_speculative_tokens: int = Field(3, ge=1, le=16)
     """Draft tokens a step."""
     max_documents: int | None = Field(None, ge=1)
@@ -267,7 +269,7 @@ class ExportConfig(Section):
     dir: Path | None = None
     """Directory to write; by default `nextn` in the run directory, `eagle3` for such a draft."""
     checkpoint: str = "best"
-    """`best`, `last`, `released`, or the path of a checkpoint."""
+    """`best`, `last`, `step_000200`, `released`, or the path of a checkpoint."""
     layout: Literal["nextn", "sglang-legacy", "stitched"] = "nextn"
     """`nextn`: layer-61 names, both servers; `sglang-legacy`: layers.0; `stitched`: target plus draft."""
     quantization: Literal["auto", "none", "fp8"] = "auto"

@@ -16,10 +16,10 @@ from export.nextn import Entry, export, prepare
 __all__ = ["plan", "run"]
 
 
-def _arguments(config: RunConfig) -> dict[str, Any]:
-    target = config.require_target()
+def _arguments(config: RunConfig, *, verify: bool) -> dict[str, Any]:
+    target, wanted = config.require_target(), config.export.checkpoint
     return {
-        "weights_dir": run_dir.find_weights(config.run.dir, config.export.checkpoint, target),
+        "weights_dir": run_dir.find_weights(config.run.dir, wanted, target, verify=verify),
         "target_dir": target,
         "out_dir": config.export_dir,
         "layout": config.export.layout,
@@ -37,7 +37,7 @@ def plan(config: RunConfig) -> str:
     target = config.require_target()
     if target.exists():
         try:
-            return prepare(**_arguments(config)).describe()
+            return prepare(**_arguments(config, verify=False)).describe()
         except InputError as error:
             if run_dir.committed(config.run.dir) or config.export.checkpoint not in ("best", "last"):
                 raise
@@ -64,4 +64,4 @@ def plan(config: RunConfig) -> str:
 
 def run(config: RunConfig) -> dict[str, Any]:
     """`layer61 export`: write the draft directory and return its manifest."""
-    return export(**_arguments(config))
+    return export(**_arguments(config, verify=True))

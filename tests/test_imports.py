@@ -13,7 +13,11 @@ MAY_IMPORT = {
     "configs": set(),
     "featurestore": {"configs"},
     "export": {"configs"},
-    "train": {"configs", "featurestore", "export.checkpoint", "export.keymap", "export.check"},
+    "train": {
+        "configs",
+        "featurestore",
+        *(f"export.{m}" for m in ("check", "checkpoint", "keymap", "stream")),
+    },
     "pipeline": {"configs", "featurestore", "export"},
     "pipeline.tiny": {"configs", "export", "train"},
     "pipeline.cli": {"configs", "featurestore", "export", "train"},

@@ -21,7 +21,7 @@ from configs.contract import require_same
 from configs.errors import Layer61Error
 from configs.lock import hold
 from configs.progress import log, task
-from configs.run_dir import METRICS, directory, verb_lock
+from configs.run_dir import METRICS, clean, directory, verb_lock
 from configs.schema import RunConfig, TrainConfig
 from export.checkpoint import Checkpoint
 from export.keymap import Op, keymap
@@ -99,6 +99,7 @@ class _Run:
         metrics: writes on rank 0 only.
         total, step: optimizer steps in all, and done.
         saved_step: steps done by the newest checkpoint.
+        saved_at: when it was saved, or this process began to train, by `time.monotonic`.
         position: of the loader after `step`; the loader itself may be a batch ahead when a signal comes.
         evaluated: the evaluation after `step`; empty where there was none.
         skipped, in_a_row: steps so far without finite gradients, and how many the last ones of them are.
@@ -112,6 +113,7 @@ class _Run:
     total: int
     step: int
     saved_step: int
+    saved_at: float
     position: dict[str, Any]
     evaluated: dict[str, Any]
     skipped: int = 0
@@ -156,7 +158,7 @@ def _train(config: RunConfig, rank: int, world: int, caught: list[int]) -> dict[
             ]
             wait_s = time.monotonic() - began
             scored = [batch.scored(settings.num_steps) for batch in batches]
-            counts_S, tokens, stop = _agree(batches, scored, caught)
+            counts_S, tokens, stop, due = _agree(batches, scored, caught, _is_due(run))
             if stop:
                 break
             values, flops = _step(run, batches, scored, counts_S, tokens)
@@ -168,7 +170,9 @@ def _train(config: RunConfig, rank: int, world: int, caught: list[int]) -> dict[
             _go_on(run)
             last = run.step == run.total
             run.evaluated = _evaluate(run) if last or run.step % settings.evaluate_every == 0 else {}
-            if last or run.step % settings.checkpoint_every == 0:
+            # the last step has a checkpoint in any case: one shortly before it is not worth its time
+            near = 4 * (run.total - run.step) < settings.checkpoint_every
+            if last or due or (run.step % settings.checkpoint_every == 0 and not near):
                 _save(run)
     run.loader.close()
     run.metrics.close()
@@ -194,37 +198,34 @@ def _open(config: RunConfig, rank: int, world: int) -> _Run:
     _check(config, store, target, first)
     ops = keymap(target.config)
     if first:
-        checkpoint.clean(config.run.dir)
+        for change in clean(config.run.dir):
+            log("train", change)
     saved = checkpoint.newest(config.run.dir)
-    threads, pin = settings.loader_threads, torch.cuda.is_available()
-    loader = Loader(store, settings.tokens_per_rank, rank, world, config.run.seed, threads=threads, pin=pin)
     if saved is not None:
         agreed, what = _contracts(config, store), f"checkpoint {saved.path} and this run"
         held = {key: saved.meta.get(key) for key in agreed}
         require_same(held, agreed, what, hint="choose another run directory")
-        loader.load_state_dict(saved.meta["loader"])
-    done, total = _steps_left(config, loader, saved)
-    last = done if saved else -1
-    sinks = open_sinks(config, last) if first else []
-    metrics = Metrics(config.run.dir / METRICS if first else None, last, sinks)
+    threads, pin = settings.loader_threads, torch.cuda.is_available()
+    loader = Loader(store, settings.tokens_per_rank, rank, world, config.run.seed, threads=threads, pin=pin)
 
     # the layer is partitioned from its first byte on
-    ds_config = zero.deepspeed_config(
-        settings,
-        num_parameters=sum(math.prod(op.shape) for op in ops),
-        load_universal=saved is not None and saved.meta["ranks"] != world,
-    )
+    ds_config = zero.deepspeed_config(settings, num_parameters=sum(math.prod(op.shape) for op in ops))
     draft = Draft(zero.build_layer(target, settings, ds_config), settings)
     engine = zero.initialize(draft, settings, ds_config)
     if saved is not None:
-        checkpoint.load(engine, saved)
+        saved = checkpoint.load(engine, saved)
+        loader.load_state_dict(saved.meta["loader"])
+    done, total = _steps_left(config, loader, saved)
+    kept = done if saved else -1
+    sinks = open_sinks(config, kept) if first else []
+    metrics = Metrics(config.run.dir / METRICS if first else None, kept, sinks)
     if first:
         came = f"going on from {saved.path}" if saved else "from the released layer"
         log("train", f"{came}: {total - done:,} of {total:,} steps to do on {world} ranks, {settings.dtype}")
     evaluated = dict(saved.meta["metrics"]) if saved else {}
     skipped = saved.meta.get("skipped_steps", 0) if saved else 0
-    position = loader.state_dict()
-    return _Run(config, loader, engine, ops, metrics, total, done, done, position, evaluated, skipped)
+    position, now = loader.state_dict(), time.monotonic()
+    return _Run(config, loader, engine, ops, metrics, total, done, done, now, position, evaluated, skipped)
 
 
 def _check(config: RunConfig, store: FeatureStore, target: Checkpoint, first: bool) -> None:
@@ -264,18 +265,29 @@ def _steps_left(config: RunConfig, loader: Loader, saved: checkpoint.Saved | Non
     return done, total
 
 
-def _agree(batches: list[Packed], scored: list[Scored], caught: list[int]) -> tuple[Tensor, int, int]:
+def _is_due(run: _Run) -> bool:
+    """Whether the time for a checkpoint has come; clocks differ, so rank 0 decides."""
+    minutes = run.config.train.checkpoint_minutes
+    past = time.monotonic() - run.saved_at
+    return run.loader.rank == 0 and minutes is not None and past >= 60 * minutes
+
+
+def _agree(
+    batches: list[Packed], scored: list[Scored], caught: list[int], due: bool
+) -> tuple[Tensor, int, int, bool]:
     """What the ranks have to agree on before a step.
 
     Returns:
         Over all ranks, the predictions of each draft step that count, int64 [S], and the tokens; then the
-        signal by which one of them was asked to stop, or 0.
+        signal by which one of them was asked to stop, or 0; then whether a checkpoint is due after the step.
     """
     counts_S = torch.stack([s.valid.sum(1) for s in scored]).sum(0)
     tokens, asked = sum(len(b.input_ids) for b in batches), [n in caught for n in STOPS]
-    agreed = zero.reduce(torch.cat([counts_S, counts_S.new_tensor([tokens, *map(int, asked)])]))
-    tokens, *asked = agreed[-3:].tolist()
-    return agreed[:-3], tokens, next((n for n, ranks in zip(STOPS, asked, strict=True) if ranks), 0)
+    mine = counts_S.new_tensor([tokens, *map(int, asked), int(due)])
+    agreed = zero.reduce(torch.cat([counts_S, mine]))
+    tokens, *asked, dues = agreed[len(counts_S) :].tolist()
+    stop = next((n for n, ranks in zip(STOPS, asked, strict=True) if ranks), 0)
+    return agreed[: len(counts_S)], tokens, stop, bool(dues)
 
 
 def _step(
@@ -383,6 +395,6 @@ def _save(run: _Run) -> None:
     meta["skipped_steps"] = run.skipped
     keep = run.config.train.keep_checkpoints
     path = checkpoint.save(run.engine, run.ops, run.config.run.dir, run.step, meta, keep=keep)
-    run.saved_step = run.step
+    run.saved_step, run.saved_at = run.step, time.monotonic()
     if run.loader.rank == 0:
         log("train", f"saved {path}")

@@ -5,10 +5,12 @@ while it runs. Nothing here needs a compiler: collectives are gloo's or NCCL's, 
 """
 
 # ruff: noqa: E402 - deepspeed reads the environment when it is imported
+import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,17 @@ import torch
 if not torch.cuda.is_available():
     # DeepSpeed warns in every process when it has to find this out by itself
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# gathers are allocated on a stream of their own, whose freed blocks the main one could not use otherwise
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 # of torch 2.13, about a function DeepSpeed calls in every collective
 warnings.filterwarnings("ignore", category=FutureWarning, message=".*(all_gather|reduce_scatter).*")
 
 import deepspeed
 import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
+from configs.errors import ConfigError
 from configs.schema import TrainConfig
 from export.checkpoint import Checkpoint
 from export.keymap import keymap
@@ -33,6 +39,7 @@ from train.mtp import MTPLayer
 from train.plan import check_prefixes, is_frozen, learning_rate_factor
 
 __all__ = [
+    "Partition",
     "build_layer",
     "collect",
     "deepspeed_config",
@@ -41,13 +48,18 @@ __all__ = [
     "gathered",
     "init_distributed",
     "initialize",
+    "optimizer_step",
+    "partitions",
     "reduce",
     "shutdown",
+    "take_over",
 ]
 
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 # elements of one gradient bucket; its buffer is allocated whole
 REDUCE_BUCKET = 500_000_000
+# elements; more than any layer has
+WHOLE = 100_000_000_000
 
 
 def dtype_of(train: TrainConfig) -> torch.dtype:
@@ -74,6 +86,9 @@ def init_distributed() -> tuple[int, int]:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # a shared-memory all-reduce that is compiled at first use; gloo needs no compiler
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if torch.cuda.is_available():
+        # the first collective, whoever makes it, puts its tensors on the current device
+        torch.cuda.set_device(device())
     deepspeed.init_distributed(verbose=False)
     return dist.get_rank(), dist.get_world_size()
 
@@ -93,15 +108,12 @@ def _merge(into: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return into
 
 
-def deepspeed_config(
-    train: TrainConfig, *, num_parameters: int = REDUCE_BUCKET, load_universal: bool = False
-) -> dict[str, Any]:
+def deepspeed_config(train: TrainConfig, *, num_parameters: int = REDUCE_BUCKET) -> dict[str, Any]:
     """The DeepSpeed configuration of a run, `train.deepspeed` merged over ours.
 
     Args:
         train: the settings.
         num_parameters: trainable parameters; small layers get small buckets.
-        load_universal: the checkpoint to load is in DeepSpeed's universal form.
     """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -116,21 +128,24 @@ def deepspeed_config(
             # it would replace torch.nn.functional.linear in the whole process
             "memory_efficient_linear": False,
             "reduce_bucket_size": min(REDUCE_BUCKET, num_parameters),
-            # every draft step runs the same modules: keep what is gathered until the last one is done
-            "stage3_max_live_parameters": 100_000_000_000,
-            "stage3_max_reuse_distance": 100_000_000_000,
+            # every draft step of every micro-batch runs the same modules: what is gathered stays until the
+            # optimizer changes it, evaluations included, so that each parameter is gathered once a step
+            "stage3_param_persistence_threshold": WHOLE,
+            "stage3_max_live_parameters": WHOLE,
+            "stage3_max_reuse_distance": WHOLE,
             "stage3_gather_16bit_weights_on_model_save": False,
         },
     }
     if train.dtype == "bfloat16":
         config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-    if load_universal:
-        config["checkpoint"] = {"load_universal": True}
     return _merge(config, train.deepspeed)
 
 
-def gathered(parameters: Sequence[nn.Parameter], modifier_rank: int | None = None) -> Any:
+def gathered(parameters: Sequence[Any], modifier_rank: int | None = None) -> Any:
     """Context in which partitioned parameters are whole; all ranks must enter it in the same order."""
+    if modifier_rank is None and all(p.ds_status is ZeroParamStatus.AVAILABLE for p in parameters):
+        # DeepSpeed would divide them at the end, though they are to stay whole
+        return contextlib.nullcontext()
     return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=modifier_rank)
 
 
@@ -202,6 +217,79 @@ def initialize(module: nn.Module, train: TrainConfig, ds_config: dict[str, Any])
         model=module, optimizer=optimizer, config=ds_config, dist_init_required=False
     )
     return engine
+
+
+@dataclass(frozen=True)
+class Partition:
+    """This rank's part of a trained parameter and of its optimizer state.
+
+    Attributes:
+        name: training name of the parameter.
+        numel: elements of the whole parameter.
+        start, stop: which of them, in the order of the flattened parameter, this rank has.
+        state: `master`, `exp_avg` and `exp_avg_sq`, each float32 [stop - start]: views of what the optimizer
+            works on, without the padding that makes all ranks' parts alike.
+    """
+
+    name: str
+    numel: int
+    start: int
+    stop: int
+    state: dict[str, Tensor]
+
+
+def _adam(engine: Any) -> Iterator[tuple[list[Any], Tensor, dict[str, Tensor]]]:
+    """Parameters, flat master weights and AdamW's state of each group in which DeepSpeed steps them."""
+    zero = engine.optimizer
+    for group, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
+        numel = sum(p.partition_numel() for p in group)
+        if flat.numel() != numel or getattr(zero, "partial_offload", 1.0) != 1.0:
+            raise ConfigError(
+                "train.deepspeed offloads optimizer state to NVMe or in part, which no checkpoint can hold",
+                "offload it to the CPU whole, or not at all",
+            )
+        state = zero.optimizer.state[flat]
+        if not state:
+            # AdamW makes it at its first step, in this form
+            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
+        yield group, flat, state
+
+
+def partitions(engine: Any) -> list[Partition]:
+    """What this rank has of every trained parameter, in the layer's order.
+
+    Raises:
+        ConfigError: `train.deepspeed` keeps optimizer state where it cannot be read.
+    """
+    names = {id(p): name for name, p in engine.module.layer.named_parameters()}
+    found, rank = {}, dist.get_rank()
+    for group, flat, state in _adam(engine):
+        tensors = {"master": flat.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+        offset = 0
+        for parameter in group:
+            width, numel = parameter.partition_numel(), parameter.ds_numel
+            start, stop = min(rank * width, numel), min((rank + 1) * width, numel)
+            mine = {key: tensor.narrow(0, offset, stop - start) for key, tensor in tensors.items()}
+            offset += width
+            found[names[id(parameter)]] = Partition(names[id(parameter)], numel, start, stop, mine)
+    return [found[name] for name in names.values() if name in found]
+
+
+def optimizer_step(engine: Any) -> int:
+    """Steps that AdamW has done; skipped ones do not count."""
+    return int(next(state["step"] for _, _, state in _adam(engine)))
+
+
+def take_over(engine: Any, step: int) -> None:
+    """Make the parameters what `partitions` now says, after `step` steps of AdamW; all ranks call this."""
+    zero = engine.optimizer
+    zero.checkpoint_event_prologue()
+    for i, (_, _, state) in enumerate(_adam(engine)):
+        state["step"].fill_(step)
+        zero._reassign_or_swap_out_partitioned_parameters(i)
+    # gathers the parameters that stay whole
+    zero.checkpoint_event_epilogue()
 
 
 def reduce(values: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
