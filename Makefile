@@ -17,7 +17,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .DEFAULT_GOAL := help
 .PHONY: help setup demo target dump-hidden-states train export-nextn evaluate verify serve bench-serve \
 	report test test-fast check \
-	bench-store bench-dump bench-moe bench-loss bench-train kernels-report clean
+	bench-store bench-dump bench-moe bench-loss bench-train bench-checkpoint kernels-report clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -87,6 +87,9 @@ bench-loss: setup ## the vocabulary loss
 
 bench-train: setup ## tokens a second of a training step
 	$(BIN)/python -m benchmarks.train $(ARGS)
+
+bench-checkpoint: setup ## saving and loading 300 million parameters, beside the disk's own speed
+	$(BIN)/python -m benchmarks.checkpoint $(ARGS)
 
 kernels-report: setup ## registers, spills and shared memory of each kernel, compiled ahead of time
 	$(BIN)/python -m benchmarks.kernels_report $(ARGS)

@@ -1,22 +1,38 @@
 """What several ranks do together in a test: `python -m tests.rank_jobs JOB ARGUMENT...` forks them."""
 
-import contextlib
 import os
-import signal
 import socket
+import subprocess
 import sys
-import traceback
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
+from configs.load import load_config
 from configs.schema import TrainConfig
 from export.checkpoint import Checkpoint
 from export.keymap import keymap
-from train import checkpoint, zero
+from train import checkpoint, trainer, zero
 from train.draft import Draft
 
 META = {"contract": {}, "loader": {}, "metrics": {}}
+
+
+def run_job(name: str, *arguments: object) -> str:
+    """Run a job of this file in a process of its own; returns what its ranks printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.rank_jobs", name, *map(str, arguments)],
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 def build(target: Path):
@@ -75,34 +91,72 @@ def hand_overs(target: str, folder: str, *route: str) -> None:
         before = after
 
 
+def count_gathers(target: str, store: str, folder: str) -> None:
+    """Elements that two ranks gather in the layer, and from each micro-batch of a training to the next."""
+
+    def act() -> None:
+        total, found = [0], []
+        gather = dist.all_gather_into_tensor
+
+        def counting(*, output_tensor, **others):
+            total[0] += output_tensor.numel()
+            return gather(output_tensor=output_tensor, **others)
+
+        dist.all_gather_into_tensor = counting
+        initialize = zero.initialize
+
+        def watched(*args):
+            engine = initialize(*args)
+            step = engine.step
+
+            def stepping():
+                step()
+                found.append(total[0])
+                total[0] = 0
+
+            engine.step = stepping
+            found.append(sum(2 * p.partition_numel() for p in engine.module.parameters()))
+            total[0] = 0
+            return engine
+
+        zero.initialize = watched
+        settings = [f"target.path={target}", f"train.store={store}", f"run.dir={folder}", "train.max_steps=4"]
+        settings += [
+            "train.gradient_accumulation_steps=2",
+            "train.evaluate_every=2",
+            "train.checkpoint_every=3",
+        ]
+        trainer.train(load_config([], settings + ["train.tokens_per_rank=48"]))
+        if os.environ["RANK"] == "0":
+            print("gathered", *found)
+
+    together(2, act)
+
+
+def losses(target: str, store: str, folder: str, *ways: str) -> None:
+    """Train on the same global batches by so many ranks times micro-batches."""
+    for way in ways:
+        ranks, micro_batches = map(int, way.split("x"))
+        settings = [f"target.path={target}", f"train.store={store}", f"run.dir={folder}/{way}"]
+        settings += ["train.max_steps=6", "train.dtype=float32", "train.tokens_per_rank=48"]
+        settings += [f"train.gradient_accumulation_steps={micro_batches}", "train.warmup_steps=1"]
+        settings += ["train.gradient_clipping=0.1", "train.learning_rate=1e-3"]
+        together(ranks, lambda s=settings: trainer.train(load_config([], s)))
+
+
 def together(count: int, act) -> None:
     """Run something on so many ranks, forked from this process, which has imported everything."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    ranks = []
-    for rank in range(count):
-        if not (pid := os.fork()):
-            signal.alarm(120)
-            os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{count}"}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
-            try:
-                act()
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-        ranks.append(pid)
-    failed = 0
-    for _ in range(count):
-        _, status = os.wait()
-        failed |= status
-        if failed:
-            for pid in ranks:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-    if failed:
-        raise SystemExit(f"a rank ended with {failed}")
+
+    def rank(number: int) -> None:
+        os.environ |= {"RANK": f"{number}", "LOCAL_RANK": f"{number}", "WORLD_SIZE": f"{count}"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+        act()
+        sys.stdout.flush()
+
+    mp.start_processes(rank, nprocs=count, start_method="fork")
 
 
 if __name__ == "__main__":

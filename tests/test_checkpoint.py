@@ -4,9 +4,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -15,28 +12,12 @@ from configs.errors import InputError, Layer61Error
 from export.checkpoint import Checkpoint
 from export.keymap import keymap
 from tests import rank_jobs
+from tests.rank_jobs import run_job
 from train import checkpoint, zero
-
-ROOT = Path(__file__).parent.parent
-
-
-def job(name: str, *arguments: object) -> str:
-    """Run a job of `tests.rank_jobs`; returns what its ranks printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.rank_jobs", name, *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
 
 
 def test_any_number_of_ranks_takes_over_the_optimizer_bit_for_bit(tmp_path, tiny_checkpoint):
-    job("hand_overs", tiny_checkpoint, tmp_path, 2, 1, 4, 3, 2)
+    run_job("hand_overs", tiny_checkpoint, tmp_path, 2, 1, 4, 3, 2)
 
 
 @pytest.fixture(scope="module")
