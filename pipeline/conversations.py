@@ -282,13 +282,14 @@ def _ready(place: Place, record: dict[str, Any], answers: str) -> ReadyTokens:
         raise ValueError(f"it has {len(ids)} input_ids and {len(mask)} values of loss_mask")
     if not len(ids):
         raise ValueError("the conversation is empty")
-    if mask.min() < 0 or mask.max() > 1:
+    largest = mask.max()
+    if mask.min() < 0 or largest > 1:
         raise ValueError("loss_mask holds other values than 0 and 1")
-    if not mask.any():
+    if not largest:
         raise ValueError("no token counts for the loss: loss_mask is 0 everywhere")
-    digest = hashlib.sha256(ids.tobytes())
-    digest.update(mask.astype(np.uint8).tobytes())
-    return ReadyTokens(place, digest.digest(), ids, mask.astype(bool))
+    counts = mask.astype(bool)
+    content = hashlib.sha256(ids.tobytes() + counts.tobytes()).digest()
+    return ReadyTokens(place, content, ids, counts)
 
 
 def _integers(record: dict[str, Any], key: str) -> np.ndarray:

@@ -11,7 +11,9 @@ The end token of an answer counts for the loss: a target has to produce it.
 
 import hashlib
 import json
+import struct
 import time
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -137,27 +139,26 @@ def next_turn(document: Document, answer: Sequence[int], turns: Turns) -> Docume
     )
 
 
-class Rows:
+class _Rows:
     """Arrays of different lengths in one flat buffer, so that a million of them are not a million objects."""
 
     def __init__(self, dtype: Any) -> None:
-        self._dtype = np.dtype(dtype)
-        self._flat = bytearray()
-        self._ends = bytearray()
+        self.dtype = np.dtype(dtype)
+        self.flat = bytearray()
+        self._ends = array("q")
 
-    def append(self, row: np.ndarray) -> None:
-        self._flat += np.ascontiguousarray(row, self._dtype).data.cast("B") if len(row) else b""
-        self._ends += (len(self._flat) // self._dtype.itemsize).to_bytes(8, "little")
+    def append(self, row: bytes) -> None:
+        """Add the bytes of a row."""
+        self.flat += row
+        self._ends.append(len(self.flat))
 
     def __getitem__(self, i: int) -> np.ndarray:
-        start = int.from_bytes(self._ends[8 * i - 8 : 8 * i], "little") if i else 0
-        stop = int.from_bytes(self._ends[8 * i : 8 * i + 8], "little")
-        size = self._dtype.itemsize
-        return np.frombuffer(self._flat, self._dtype, stop - start, start * size)
+        start = self._ends[i - 1] if i else 0
+        return np.frombuffer(self.flat, self.dtype, (self._ends[i] - start) // self.dtype.itemsize, start)
 
     def lengths(self) -> np.ndarray:
         """int64 [N]."""
-        return np.diff(np.frombuffer(self._ends, "<i8"), prepend=0)
+        return np.diff(np.frombuffer(self._ends, np.int64), prepend=0) // self.dtype.itemsize
 
 
 class Documents(Sequence[Document]):
@@ -171,32 +172,32 @@ class Documents(Sequence[Document]):
 
     def __init__(self, max_length: int, max_answer_tokens: int) -> None:
         self._bounds = max_length, max_answer_tokens
-        self._ids, self._spans, self._names = Rows(np.uint32), Rows(np.int32), Rows(np.uint8)
+        self._ids, self._spans, self._names = _Rows(np.uint32), _Rows(np.int32), _Rows(np.uint8)
         # the pieces of all turns one behind the other, the length of each, and the uids
-        self._turns, self._pieces, self._turn_uids = Rows(np.uint32), Rows(np.int32), Rows(np.uint64)
+        self._turns, self._pieces, self._turn_uids = _Rows(np.uint32), _Rows(np.int32), _Rows(np.uint64)
         self._labels: dict[str, int] = {}
         # uid, what the document is, room for an answer, line, file, source
-        self._fixed = Rows(np.uint64)
+        self._fixed = bytearray()
         self._kept: np.ndarray | None = None
 
     def append(self, document: Document, same: int) -> None:
         """Add a document; `same` is equal for documents that ask the same of the engine."""
         d = document
-        self._ids.append(d.input_ids)
-        self._spans.append(np.array([-1 if x is None else x for span in d.spans for x in span], np.int32))
-        self._names.append(np.frombuffer(d.name.encode(), np.uint8))
-        self._turns.append(np.concatenate(d.turns) if d.turns else np.zeros(0, np.uint32))
-        self._pieces.append(np.array([len(t) for t in d.turns], np.int32))
-        self._turn_uids.append(np.array(d.turn_uids, np.uint64))
+        self._ids.append(d.input_ids.tobytes())
+        self._spans.append(array("i", [-1 if x is None else x for span in d.spans for x in span]).tobytes())
+        self._names.append(d.name.encode())
+        self._turns.append(b"".join(t.tobytes() for t in d.turns))
+        self._pieces.append(array("i", map(len, d.turns)).tobytes())
+        self._turn_uids.append(array("Q", d.turn_uids).tobytes())
         file, source = (self._labels.setdefault(x, len(self._labels)) for x in (d.file, d.source))
-        self._fixed.append(np.array([d.uid, same, d.answer_tokens, d.line, file, source], np.uint64))
+        self._fixed += struct.pack("=6Q", d.uid, same, d.answer_tokens, d.line, file, source)
 
     def finish(self) -> int:
         """Leave out documents that ask the same as another one; how many they are.
 
         Of equal ones that with the smallest uid stays, so that the choice does not follow from their order.
         """
-        fixed = np.frombuffer(self._fixed._flat, np.uint64).reshape(-1, 6)
+        fixed = np.frombuffer(self._fixed, np.uint64).reshape(-1, 6)
         order = np.lexsort((np.arange(len(fixed)), fixed[:, 0], fixed[:, 1]))
         same = fixed[order, 1]
         first = np.ones(len(order), bool)
@@ -455,8 +456,10 @@ class _Builder:
                 f"input_ids from {ids.min()} to {ids.max()}, the target's are 0 to {vocabulary - 1}"
             )
         self._require_room(len(ids), 0)
-        edges = np.flatnonzero(np.diff(item.loss_mask.astype(np.int8), prepend=0, append=0))
-        spans = tuple((a, b) for a, b in edges.reshape(-1, 2).tolist())
+        mask = item.loss_mask
+        edges = (np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist()
+        edges = [0] * bool(mask[0]) + edges + [len(mask)] * bool(mask[-1])
+        spans = tuple(zip(edges[::2], edges[1::2], strict=True))
         self._append(item.place, item.content, ids.astype(np.uint32), spans, 0, ["given"])
 
     def _require_room(self, length: int, least: int) -> int:
@@ -478,7 +481,8 @@ class _Builder:
         thinking: bool = False,
     ) -> None:
         shape = [len(ids), spans if answer_tokens == 0 else None, [len(t) for t in turns]]
-        asked = hashlib.sha256(json.dumps([UIDS, settings, shape]).encode())
+        # of numbers, text and None, which Python writes in one way
+        asked = hashlib.sha256(repr((UIDS, settings, shape)).encode())
         for piece in (ids, *turns):
             asked.update(piece.astype("<u4", copy=False).tobytes())
         same = asked.digest()

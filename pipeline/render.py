@@ -72,8 +72,9 @@ class Renderer:
 
         self.tokenizer_sha256 = tokenizer_sha256(directory)
         try:
-            # the class vLLM takes for DeepSeek-V3.2: it uses tokenizer.json as it is
-            self._tokenizer = TokenizersBackend.from_pretrained(str(directory))
+            # the class vLLM takes for DeepSeek-V3.2: it uses tokenizer.json as it is; said in so many words,
+            # or it warns of a fault that tokenizers of another family once had
+            self._tokenizer = TokenizersBackend.from_pretrained(str(directory), fix_mistral_regex=False)
         except Exception as error:
             raise InputError(
                 f"the tokenizer of {directory} cannot be loaded: {error}", "copy the tokenizer's files again"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 from vllm.tokenizers.deepseek_v32 import get_deepseek_v32_tokenizer
 
@@ -14,6 +15,7 @@ from configs.files import read_json, write_json
 from configs.held_out import uid_group
 from configs.schema import PromptsConfig, RunConfig
 from pipeline.prompts import Document, Prompts, load_prompts, next_turn
+from pipeline.render import Renderer
 
 END = "<｜end▁of▁sentence｜>"
 TOOLS = [{"type": "function", "function": {"name": "add", "description": 'Adds "a" and b.'}}]
@@ -300,3 +302,16 @@ def test_documents_in_flat_arrays_are_those_that_went_in(load, tiny_checkpoint):
         documents[20]
     assert prompts.tokens == sum(len(d.input_ids) for d in documents)
     assert isinstance(documents[0].input_ids, np.ndarray)
+
+
+def test_a_released_tokenizer_is_loaded_as_it_is_and_without_alarm(released, tmp_path, capfd):
+    """Beside a config.json without a transformers version the library suspects every tokenizer of a fault."""
+    directory = tmp_path / "target"
+    shutil.copytree(released, directory)
+    config = read_json(directory / "config.json")
+    write_json(directory / "config.json", {k: v for k, v in config.items() if k != "transformers_version"})
+    renderer = Renderer(directory)
+    assert "regex" not in capfd.readouterr().err
+    raw = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    text = "<｜User｜>It's 12345  größe\n\n日本<｜Assistant｜></think>x<｜end▁of▁sentence｜>"
+    assert renderer.ids([text])[0].tolist() == raw.encode(text, add_special_tokens=False).ids
