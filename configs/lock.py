@@ -1,5 +1,6 @@
 """One process at a time in a run directory."""
 
+import errno
 import fcntl
 import time
 from collections.abc import Iterator
@@ -7,13 +8,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from configs.errors import ConfigError
+from configs.progress import log
 
 __all__ = ["hold"]
+
+# what NFS and Lustre say where locks are not mounted
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 @contextmanager
 def hold(path: Path, what: str, hint: str, *, patience_s: float = 0) -> Iterator[None]:
     """Hold a lock file; it is free again when this process ends, however that goes.
+
+    On a file system without locks a message is all there is.
 
     Args:
         path: the file, made where it is missing.
@@ -35,4 +42,9 @@ def hold(path: Path, what: str, hint: str, *, patience_s: float = 0) -> Iterator
                 if time.monotonic() > deadline:
                     raise ConfigError(f"{what} is running in {path.parent}", hint) from None
                 time.sleep(0.2)
+            except OSError as error:
+                if error.errno not in WITHOUT_LOCKS:
+                    raise
+                log("lock", f"the file system of {path.parent} has no locks: start nothing twice there")
+                break
         yield

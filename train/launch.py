@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from configs import run_dir
 from configs.errors import Layer61Error, describe, revive
@@ -52,11 +52,17 @@ def run(config: RunConfig) -> dict[str, Any] | None:
         try:
             return train(config)
         except Stopped as stopped:
-            signal.raise_signal(stopped.number)
-            raise
+            _end_by(stopped.number)
     hint = "wait for it, or choose another run.dir"
     with hold(run_dir.verb_lock(config.run.dir, "launch"), "another training", hint):
         return _run_ranks(config, config.run.dir / run_dir.RANKS)
+
+
+def _end_by(number: int) -> NoReturn:
+    """End as if by a signal; a shell may have told this process to ignore SIGINT."""
+    if number != signal.SIGINT:
+        signal.raise_signal(number)
+    raise KeyboardInterrupt
 
 
 def _run_ranks(config: RunConfig, folder: Path) -> dict[str, Any]:
@@ -81,13 +87,17 @@ def _run_ranks(config: RunConfig, folder: Path) -> dict[str, Any]:
 
     handlers = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
+        # a rank takes signals from the moment on at which it knows what to do with them
+        signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
         for rank in range(ranks):
             command = [sys.executable, "-m", "train.launch", str(folder)]
             own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             # in a session of its own: the terminal's signal would reach it a second time
             processes += [subprocess.Popen(command, env=own, start_new_session=True)]
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, handlers)
         codes = _wait(processes)
     finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, handlers)
         for process in processes:
             if process.poll() is None:
                 process.kill()
@@ -96,7 +106,7 @@ def _run_ranks(config: RunConfig, folder: Path) -> dict[str, Any]:
             signal.signal(number, handler)
     failed = [(rank, code) for rank, code in codes if code]
     if caught and {code for _, code in failed} <= {128 + caught[0]}:
-        signal.raise_signal(caught[0])
+        _end_by(caught[0])
     if failed:
         raise _explain(folder, failed)
     return read_json(folder / "result.json")
@@ -155,8 +165,16 @@ def _die_with(parent: int) -> None:
         raise SystemExit(1)
 
 
+def _quit(number: int, _frame: FrameType | None) -> None:
+    # before the first step there is nothing to save
+    os._exit(128 + number)
+
+
 def main(folder: Path) -> int:
-    """One rank started by `run`."""
+    """One rank started by `run`, which has blocked the signals that end it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _quit)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
     _die_with(int(os.environ[PARENT]))
     rank = int(os.environ["RANK"])
     from train.trainer import Stopped, train

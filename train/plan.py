@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -139,6 +140,11 @@ def check_sinks(train: TrainConfig) -> None:
             )
 
 
+def num_ranks(train: TrainConfig) -> int:
+    """Ranks of the run: as many as the launcher has started, else `train.ranks`."""
+    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else train.ranks
+
+
 def total_steps(config: RunConfig, steps_per_epoch: int) -> int:
     """Optimizer steps of a run: `train.max_steps`, or enough for `train.epochs`."""
     train = config.train
@@ -169,7 +175,7 @@ def _memory(
         "parameters, master copies, moments and gradients": (
             trainable * (size + master + 8 + 4) + frozen * size
         )
-        // train.ranks,
+        // num_ranks(train),
         "embedding and head": tables * size,
         "gathered layer and its gradients": 2 * (trainable + frozen) * size,
         "activations": train.tokens_per_rank * (train.num_steps * kept + passing) * size,
@@ -205,9 +211,9 @@ def plan(config: RunConfig) -> Plan:
         trainable=trainable,
         frozen=frozen,
         tables=tables,
-        ranks=train.ranks,
+        ranks=num_ranks(train),
         memory_bytes=_memory(config, model, trainable, frozen, tables),
-        tokens_per_step=train.tokens_per_rank * train.ranks * train.gradient_accumulation_steps,
+        tokens_per_step=train.tokens_per_rank * num_ranks(train) * train.gradient_accumulation_steps,
         **_data(config),
     )
 
@@ -229,7 +235,7 @@ def _data(config: RunConfig) -> dict[str, Any]:
         store.uid[chosen],
         lengths,
         tokens_per_rank=train.tokens_per_rank,
-        world_size=train.ranks,
+        world_size=num_ranks(train),
         seed=config.run.seed,
     )
     return {

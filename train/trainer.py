@@ -5,7 +5,9 @@ Legend: S draft steps, M predicted tokens.
 
 import contextlib
 import math
+import secrets
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from configs import contract
 from configs.contract import require_same
-from configs.errors import Layer61Error
+from configs.errors import ConfigError, Layer61Error
 from configs.lock import hold
 from configs.progress import log, task
 from configs.run_dir import METRICS, clean, directory, verb_lock
@@ -36,6 +38,8 @@ from train.unroll import Scored
 
 __all__ = ["Stopped", "learning_rate", "train"]
 
+# for a file to be seen on another machine
+SHARED_PATIENCE_S = 20
 # signals that end a run after a save
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
@@ -77,6 +81,34 @@ def _alone_in(run_dir: Path, first: bool) -> contextlib.AbstractContextManager[N
     # ranks of a run that was just killed may not be gone yet
     hint = "wait for it, or choose another run.dir"
     return hold(verb_lock(run_dir, "train"), "another training", hint, patience_s=10)
+
+
+def _require_shared(run_dir: Path, rank: int) -> None:
+    """Refuse a run directory that is not the same one on all machines; all ranks call this.
+
+    Raises:
+        ConfigError: which rank does not see what rank 0 writes there.
+    """
+    name = f".shared.{secrets.token_hex(8)}.partial"
+    if rank == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for old in run_dir.glob(".shared.*.partial"):
+            old.unlink()
+        (run_dir / name).touch()
+    path = run_dir / zero.from_first(name)
+    deadline = time.monotonic() + SHARED_PATIENCE_S
+    while not (seen := path.exists()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    mine = [] if seen else [f"rank {rank} on {socket.gethostname()} ({run_dir.absolute()})"]
+    blind = zero.collect(mine)
+    if rank == 0:
+        path.unlink()
+    if blind:
+        raise ConfigError(
+            f"run.dir = {run_dir} is not one directory on all machines: what rank 0 writes there is not seen"
+            f" by {', '.join(blind)}",
+            "set run.dir to a path on a file system that all machines share",
+        )
 
 
 def learning_rate(train: TrainConfig, step: int, total: int) -> float:
@@ -135,15 +167,20 @@ def train(config: RunConfig) -> dict[str, Any] | None:
     torch.manual_seed(config.run.seed)
     rank, world = zero.init_distributed()
     try:
-        with _signals() as caught, _alone_in(config.run.dir, rank == 0):
-            summary = _train(config, rank, world, caught)
+        _require_shared(config.run.dir, rank)
+        with _alone_in(config.run.dir, rank == 0):
+            run = _open(config, rank, world)
+            # until here there is nothing to save
+            with _signals() as caught:
+                summary = _train(run, caught)
     finally:
         zero.shutdown()
     return summary if rank == 0 else None
 
 
-def _train(config: RunConfig, rank: int, world: int, caught: list[int]) -> dict[str, Any]:
-    settings, run = config.train, _open(config, rank, world)
+def _train(run: _Run, caught: list[int]) -> dict[str, Any]:
+    config, rank, world = run.config, run.loader.rank, run.loader.world_size
+    settings = config.train
     column = state_column(run.loader.store.contract)
     device, dtype = zero.device(), zero.dtype_of(settings)
     if run.step == 0:

@@ -45,6 +45,7 @@ __all__ = [
     "deepspeed_config",
     "device",
     "dtype_of",
+    "from_first",
     "gathered",
     "init_distributed",
     "initialize",
@@ -298,7 +299,14 @@ def reduce(values: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> T
     return values
 
 
-def collect(values: list[int]) -> list[int]:
+def from_first(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    found = [value]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def collect(values: list[Any]) -> list[Any]:
     """The values of all ranks, in the order of the ranks."""
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, values)
