@@ -7,6 +7,7 @@ RUN/
   probe.npz            dump: one document's states at the first start of an engine
   engine.1-of-1.log    dump: what the engine of that worker prints
   view.1-of-1/         dump: the target without sparse attention, as links, for that worker's engine
+  held_out.json        train: share and seed of the held-out set, decided at its first start, and its size
   metrics.jsonl        train: one line a step
   metrics.jsonl.damaged  train: lines of metrics.jsonl that could not be read at a later start
   tensorboard/         train: the same for TensorBoard, with train.tensorboard
@@ -49,6 +50,7 @@ __all__ = [
     "COMMIT",
     "EVALUATIONS",
     "EXPORT",
+    "HELD_OUT",
     "LATEST",
     "META",
     "METRICS",
@@ -89,6 +91,7 @@ __all__ = [
 STORE = "store"
 REJECTS = "rejects.jsonl"
 PROBE = "probe.npz"
+HELD_OUT = "held_out.json"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 SETTINGS = "config.*.json"

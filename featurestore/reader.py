@@ -8,6 +8,7 @@ missing object.
 Shapes: T tokens of a document, S states of a token, D width of a state.
 """
 
+import copy
 import os
 import threading
 from collections import OrderedDict
@@ -281,7 +282,8 @@ class FeatureStore:
     Attributes:
         url: where it is.
         manifest: the manifest as written.
-        uid, length, n_loss, held_out: one entry a document (uint64, uint32, uint32, bool).
+        uid, length, n_loss, held_out: one entry a document (uint64, uint32, uint32, bool); what is held out
+            was said by who wrote the store, until `holding_out` says otherwise.
     """
 
     def __init__(self, objects: Objects, manifest: dict[str, Any]) -> None:
@@ -294,6 +296,7 @@ class FeatureStore:
         self.length = self._index["length"]
         self.n_loss = self._index["n_loss"]
         self.held_out = self._index["held_out"].view(bool)
+        self._rule: Callable[[np.ndarray], np.ndarray] | None = None
         self._parts: OrderedDict[int, dict[str, Shard]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -325,11 +328,20 @@ class FeatureStore:
 
     def at(self, version: int) -> "FeatureStore":
         """This store at another manifest version."""
-        return (
-            self
-            if version == self.version
-            else FeatureStore(self.objects, read_manifest(self.objects, version))
-        )
+        if version == self.version:
+            return self
+        found = FeatureStore(self.objects, read_manifest(self.objects, version))
+        return found if self._rule is None else found.holding_out(self._rule)
+
+    def holding_out(self, rule: Callable[[np.ndarray], np.ndarray]) -> "FeatureStore":
+        """This store with another held-out set, in all its versions.
+
+        Args:
+            rule: from uids, uint64 [N], whether each is held out, bool [N].
+        """
+        found = copy.copy(self)
+        found._rule, found.held_out = rule, rule(self.uid)
+        return found
 
     def __len__(self) -> int:
         return len(self.uid)

@@ -24,7 +24,7 @@ from configs import run_dir
 from configs.contract import target_contract
 from configs.errors import InputError
 from configs.files import read_json, sha256_file, sha256_json, write_json
-from configs.held_out import is_held_out, uid_group
+from configs.held_out import is_held_out, require_recorded, uid_group
 from configs.progress import log
 from configs.provenance import vllm_version
 from configs.schema import RunConfig
@@ -273,7 +273,9 @@ def _speed(result: dict[str, Any]) -> dict[str, Any]:
 def _held_out(config: RunConfig) -> list[list[int]]:
     """Prompts of the held-out conversations, up to where the last answer begins."""
     documents = load_prompts(config.prompts, config.require_target()).documents
-    chosen = is_held_out(uid_group(documents.uids), config.prompts.held_out, config.run.seed)
+    share, seed = config.prompts.held_out, config.run.seed
+    require_recorded(config.run.dir, documents.uids, share, seed)
+    chosen = is_held_out(uid_group(documents.uids), share, seed)
     found = (documents[int(i)] for i in np.flatnonzero(chosen))
     prompts = [d.input_ids[: d.spans[-1][0]].tolist() for d in found]
     return prompts[: config.verify.max_conversations]

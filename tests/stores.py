@@ -1,11 +1,13 @@
 """Small stores of made-up documents that fit a checkpoint."""
 
+import itertools
 from collections.abc import Collection
 from pathlib import Path
 
 import torch
 
 from configs.contract import Contract, Engine, State, Template, norm_and_head_sha256, target_contract
+from configs.held_out import is_held_out, uid_group
 from export.checkpoint import Checkpoint
 from featurestore import StoreWriter, publish
 
@@ -46,6 +48,7 @@ def write_store(
     head = checkpoint.get("lm_head.weight", dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(kinds, head.shape[1], generator=generator)
+    uids = (n << 32 for n in itertools.count(first_uid))
     with StoreWriter(str(path), contract or contract_of(target)) as writer:
         for uid, length in enumerate(lengths):
             kind = (torch.arange(length) * (1 + uid % 2) + uid) % kinds
@@ -58,13 +61,15 @@ def write_store(
             answer = length // 2
             ids[answer:] = said[answer - 1 : -1]
             mask = torch.arange(length) >= answer
+            kept = uid % held_out_every == held_out_every - 1
             writer.append(
-                uid + first_uid,
+                # of a conversation that is held out by default, or is not
+                next(n for n in uids if is_held_out(uid_group(n), 0.05, 0) == kept),
                 ids.numpy().astype("uint32"),
                 mask.numpy().astype("uint8"),
                 hidden[:, None],
                 source="test",
-                held_out=uid % held_out_every == held_out_every - 1,
+                held_out=kept,
             )
     publish(str(path))
     return path

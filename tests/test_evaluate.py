@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from configs import run_dir as runs
 from configs.errors import ConfigError, ContractError, InputError
+from configs.held_out import is_held_out, uid_group
 from configs.load import load_config
 from configs.schema import TrainConfig
 from export.checkpoint import Checkpoint
@@ -15,8 +17,8 @@ from featurestore import open_store
 from pipeline.tiny.write import random_checkpoint
 from tests.reference import Reference, to_checkpoint
 from tests.stores import write_store
-from train import evaluate
-from train.batch import check_lengths, held_out, pack
+from train import evaluate, launch
+from train.batch import check_lengths, held_out, open_split, pack
 from train.draft import Draft
 from train.model import load_layer
 
@@ -148,3 +150,47 @@ def test_what_does_not_fit_is_refused(tmp_path, tiny_checkpoint, tiny_config, co
         held_out(only, None)
     with pytest.raises(ConfigError, match="index_topk"):
         check_lengths(only, 8)
+
+
+def test_a_run_keeps_the_held_out_set_it_began_with_and_refuses_another_one(tmp_path, tiny_checkpoint):
+    store = write_store(tmp_path / "store", tiny_checkpoint, lengths=[24] * 40)
+    words = [f"target.path={tiny_checkpoint}", f"train.store={store}", f"run.dir={tmp_path / 'run'}"]
+    words += ["train.dtype=float32", "train.tokens_per_rank=48", "train.max_steps=1", "prompts.held_out=0.2"]
+    config = load_config([], words)
+    # what the store's writer held out plays no part
+    chosen = is_held_out(uid_group(open_store(store).uid), 0.2, 0)
+    assert 0 < chosen.sum() != 5
+    launch.run(config)
+    record = json.loads((tmp_path / "run" / runs.HELD_OUT).read_text())
+    assert (record["held_out_documents"], record["training_documents"]) == (chosen.sum(), 40 - chosen.sum())
+    assert runs.read_meta(runs.locate(config.run.dir, "last"))["held_out"] == record
+    assert evaluate.run(config)["documents"] == chosen.sum()
+    assert launch.plan(config).documents == 40 - chosen.sum()
+
+    for other in ("prompts.held_out=0.5", "run.seed=7"):
+        changed = load_config([], [*words, other])
+        both = is_held_out(uid_group(open_store(store).uid), changed.prompts.held_out, changed.run.seed)
+        for verb in (launch.plan, evaluate.plan, evaluate.run):
+            with pytest.raises(ConfigError) as caught:
+                verb(changed)
+            assert f"hold out {both.sum()} of 40 documents" in caught.value.message
+            assert f"held out {chosen.sum()}, with 0.2 and 0" in caught.value.message
+            assert "prompts.held_out=0.2 run.seed=0" in caught.value.hint
+
+    # the checkpoints know it too
+    (tmp_path / "run" / runs.HELD_OUT).unlink()
+    with pytest.raises(ConfigError, match="hold out"):
+        launch.plan(changed)
+    assert open_split(config).held_out.tolist() == chosen.tolist()
+
+
+def test_a_run_from_before_there_was_a_record_keeps_its_stores_own_split(tmp_path, tiny_checkpoint):
+    store = write_store(tmp_path / "store", tiny_checkpoint, lengths=[24] * 16)
+    checkpoint = runs.directory(tmp_path / "run") / runs.tag(1)
+    checkpoint.mkdir(parents=True)
+    (checkpoint / runs.META).write_text(json.dumps({"format": 1, "step": 1, "contract": {}}))
+    files = {runs.META: (checkpoint / runs.META).stat().st_size}
+    (checkpoint / runs.COMMIT).write_text(json.dumps({"format": 1, "files": files}))
+    words = [f"train.store={store}", f"run.dir={tmp_path / 'run'}", "prompts.held_out=0.9"]
+    found = open_split(load_config([], words))
+    assert found.held_out.tolist() == open_store(store).held_out.tolist()

@@ -12,10 +12,13 @@ from torch import Tensor
 
 from configs.contract import Target, norm_and_head_sha256, require_same, target_contract
 from configs.errors import ConfigError, ContractError
-from featurestore import FeatureStore
+from configs.held_out import is_held_out, read_record, require_recorded, uid_group
+from configs.run_dir import committed
+from configs.schema import RunConfig
+from featurestore import FeatureStore, open_store
 from train.unroll import Scored, select
 
-__all__ = ["Packed", "check_contract", "check_lengths", "held_out", "pack", "state_column"]
+__all__ = ["Packed", "check_contract", "check_lengths", "held_out", "open_split", "pack", "state_column"]
 
 
 class Packed(NamedTuple):
@@ -136,6 +139,23 @@ def check_lengths(store: FeatureStore, index_topk: int) -> None:
         )
 
 
+def open_split(config: RunConfig) -> FeatureStore:
+    """The store of a run, with what the run holds out: by its settings, which must be those it began with.
+
+    Checkpoints of a run that recorded nothing were trained on what the store's own split said.
+
+    Raises:
+        StoreError: there is no store, or it cannot be read.
+        ConfigError: the settings hold out other documents than the run's training did.
+    """
+    share, seed = config.prompts.held_out, config.run.seed
+    store = open_store(config.train_store_path)
+    require_recorded(config.run.dir, store.uid, share, seed)
+    if read_record(config.run.dir) is None and committed(config.run.dir):
+        return store
+    return store.holding_out(lambda uids: is_held_out(uid_group(uids), share, seed))
+
+
 def held_out(store: FeatureStore, limit: int | None) -> np.ndarray:
     """Numbers of the held-out documents to evaluate, in the order of their uid so that a limit is fair.
 
@@ -145,6 +165,7 @@ def held_out(store: FeatureStore, limit: int | None) -> np.ndarray:
     documents = np.flatnonzero(store.held_out)
     if not len(documents):
         raise ConfigError(
-            f"{store.url} has no held-out documents to evaluate on", "dump with prompts.held_out above 0"
+            f"{store.url} has no held-out documents to evaluate on",
+            "set prompts.held_out above 0 before training",
         )
     return documents[np.argsort(store.uid[documents], kind="stable")][:limit]

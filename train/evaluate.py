@@ -22,8 +22,8 @@ from configs.errors import StoreNotFoundError
 from configs.files import write_json
 from configs.progress import log, task
 from configs.schema import RunConfig
-from featurestore import FeatureStore, open_store
-from train.batch import Packed, check_contract, check_lengths, held_out, pack, state_column
+from featurestore import FeatureStore
+from train.batch import Packed, check_contract, check_lengths, held_out, open_split, pack, state_column
 from train.draft import Draft
 from train.loss import HeadLoss
 from train.model import load_layer
@@ -214,7 +214,7 @@ def measure(
 def plan(config: RunConfig) -> str:
     """One line: what `layer61 evaluate` will measure."""
     try:
-        store = open_store(config.train_store_path)
+        store = open_split(config)
     except StoreNotFoundError:
         return f"acceptance of a checkpoint; there is no store at {config.train_store_path} yet"
     documents = held_out(store, config.evaluate.max_documents)
@@ -241,7 +241,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     target = config.require_target()
     name = Path(config.evaluate.checkpoint).name
     weights = run_dir.find_weights(config.run.dir, config.evaluate.checkpoint, target)
-    store = open_store(config.train_store_path)
+    store = open_split(config)
     documents = held_out(store, config.evaluate.max_documents)
     check_contract(store, target)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -13,7 +13,8 @@ from configs.schema import RunConfig, TrainConfig
 from configs.target import target_config
 from export.check import refuse_name
 from export.keymap import keymap
-from featurestore import open_store, steps_per_epoch
+from featurestore import steps_per_epoch
+from train.batch import open_split
 
 __all__ = [
     "Plan",
@@ -222,7 +223,7 @@ def _data(config: RunConfig) -> dict[str, Any]:
     """Documents, tokens and steps, as far as the store is there."""
     path, train = config.train_store_path, config.train
     try:
-        store = open_store(path)
+        store = open_split(config)
     except StoreNotFoundError:
         return {"documents": None, "tokens": None, "steps": train.max_steps, "store": path}
     chosen = ~store.held_out

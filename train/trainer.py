@@ -21,15 +21,17 @@ from torch import Tensor
 from configs import contract
 from configs.contract import require_same
 from configs.errors import ConfigError, Layer61Error
+from configs.files import write_json
+from configs.held_out import describe, read_record
 from configs.lock import hold
 from configs.progress import log, task
-from configs.run_dir import METRICS, clean, directory, verb_lock
+from configs.run_dir import HELD_OUT, METRICS, clean, directory, verb_lock
 from configs.schema import RunConfig, TrainConfig
 from export.checkpoint import Checkpoint
 from export.keymap import Op, keymap
-from featurestore import FeatureStore, Loader, open_store
+from featurestore import FeatureStore, Loader
 from train import checkpoint, zero
-from train.batch import Packed, check_contract, check_lengths, held_out, pack, state_column
+from train.batch import Packed, check_contract, check_lengths, held_out, open_split, pack, state_column
 from train.draft import Draft
 from train.evaluate import measure
 from train.metrics import Metrics, Pace, detail, expert_load, means, model_flops, open_sinks, sums, work
@@ -134,6 +136,7 @@ class _Run:
         saved_at: when it was saved, or this process began to train, by `time.monotonic`.
         position: of the loader after `step`; the loader itself may be a batch ahead when a signal comes.
         evaluated: the evaluation after `step`; empty where there was none.
+        split: what is held out, as recorded.
         skipped, in_a_row: steps so far without finite gradients, and how many the last ones of them are.
     """
 
@@ -148,6 +151,7 @@ class _Run:
     saved_at: float
     position: dict[str, Any]
     evaluated: dict[str, Any]
+    split: dict[str, Any] | None
     skipped: int = 0
     in_a_row: int = 0
 
@@ -231,7 +235,7 @@ def _train(run: _Run, caught: list[int]) -> dict[str, Any]:
 def _open(config: RunConfig, rank: int, world: int) -> _Run:
     """Store, target, loader and engine, as the newest whole checkpoint of the run directory left them."""
     settings, first = config.train, rank == 0
-    store, target = open_store(config.train_store_path), Checkpoint(config.require_target())
+    store, target = open_split(config), Checkpoint(config.require_target())
     _check(config, store, target, first)
     ops = keymap(target.config)
     if first:
@@ -252,6 +256,7 @@ def _open(config: RunConfig, rank: int, world: int) -> _Run:
     if saved is not None:
         saved = checkpoint.load(engine, saved)
         loader.load_state_dict(saved.meta["loader"])
+    split = _record_split(config, loader.store, saved, first)
     done, total = _steps_left(config, loader, saved)
     kept = done if saved else -1
     sinks = open_sinks(config, kept) if first else []
@@ -262,7 +267,9 @@ def _open(config: RunConfig, rank: int, world: int) -> _Run:
     evaluated = dict(saved.meta["metrics"]) if saved else {}
     skipped = saved.meta.get("skipped_steps", 0) if saved else 0
     position, now = loader.state_dict(), time.monotonic()
-    return _Run(config, loader, engine, ops, metrics, total, done, done, now, position, evaluated, skipped)
+    return _Run(
+        config, loader, engine, ops, metrics, total, done, done, now, position, evaluated, split, skipped
+    )
 
 
 def _check(config: RunConfig, store: FeatureStore, target: Checkpoint, first: bool) -> None:
@@ -276,6 +283,37 @@ def _check(config: RunConfig, store: FeatureStore, target: Checkpoint, first: bo
         check_contract(store, target.directory)
     check_lengths(store, target.config.get("index_topk") or 0)
     state_column(store.contract)
+
+
+def _record_split(
+    config: RunConfig, store: FeatureStore, saved: checkpoint.Saved | None, first: bool
+) -> dict[str, Any] | None:
+    """Decide at the first start what is held out, and record it; later what was recorded must still hold.
+
+    Returns:
+        The record; None in a run begun before there were any.
+
+    Raises:
+        ContractError: documents of that number are held out, but not those.
+    """
+    record = read_record(config.run.dir)
+    if record is None:
+        if saved is not None:
+            return None
+        record = describe(store.uid, config.prompts.held_out, config.run.seed)
+        record["manifest"] = store.version
+    if first:
+        write_json(config.run.dir / HELD_OUT, record)
+    if saved is not None and record["manifest"] == store.version:
+        found = describe(store.uid, config.prompts.held_out, config.run.seed)
+        what = f"{config.run.dir / HELD_OUT} and store {store.url}"
+        require_same(
+            {"sha256": found["sha256"]},
+            {"sha256": record["sha256"]},
+            what,
+            hint="set train.store to the store this run began with",
+        )
+    return record
 
 
 def _contracts(config: RunConfig, store: FeatureStore) -> dict[str, Any]:
@@ -429,7 +467,7 @@ def _evaluate(run: _Run) -> dict[str, Any]:
 def _save(run: _Run) -> None:
     """Save a checkpoint that goes on after `run.step`."""
     meta = _contracts(run.config, run.loader.store) | {"loader": run.position, "metrics": run.evaluated}
-    meta["skipped_steps"] = run.skipped
+    meta |= {"held_out": run.split, "skipped_steps": run.skipped}
     keep = run.config.train.keep_checkpoints
     path = checkpoint.save(run.engine, run.ops, run.config.run.dir, run.step, meta, keep=keep)
     run.saved_step, run.saved_at = run.step, time.monotonic()
