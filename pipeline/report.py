@@ -120,6 +120,13 @@ def _acceptance(run: Path) -> str:
             for name, x in offline.items()
         ]
         parts.append(_table(["offline evaluator", "acceptance length", "by position"], rows))
+    by_source = [
+        [name, source, f"{x['documents']:,}", f"{x['acceptance_length']:.3f}"]
+        for name, found in offline.items()
+        for source, x in found.get("by_source", {}).items()
+    ]
+    if by_source:
+        parts.append(_table(["offline evaluator", "source", "documents", "acceptance length"], by_source))
     return "".join(parts)
 
 

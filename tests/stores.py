@@ -1,7 +1,7 @@
 """Small stores of made-up documents that fit a checkpoint."""
 
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -38,6 +38,7 @@ def write_store(
     contract: dict | None = None,
     first_uid: int = 1,
     not_a_number: Collection[int] = (),
+    sources: Sequence[str] = ("test",),
 ) -> Path:
     """Publish documents whose second half is an answer: each token of it is what the state before says.
 
@@ -68,7 +69,7 @@ def write_store(
                 ids.numpy().astype("uint32"),
                 mask.numpy().astype("uint8"),
                 hidden[:, None],
-                source="test",
+                source=sources[uid % len(sources)],
                 held_out=kept,
             )
     publish(str(path))

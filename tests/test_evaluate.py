@@ -113,6 +113,41 @@ def test_acceptance_is_that_of_a_server_played_out_serially(tiny_checkpoint, sto
         assert together[key] == pytest.approx(value), key
 
 
+def test_acceptance_is_told_by_source_too(tmp_path, tiny_checkpoint, layer):
+    store = open_store(
+        write_store(
+            tmp_path / "store", tiny_checkpoint, lengths=LENGTHS, held_out_every=1, sources=("a", "b")
+        )
+    )
+    draft = Draft(layer, TrainConfig(dtype="float32"))
+
+    def measure(documents, **ranks):
+        return evaluate.measure(
+            draft,
+            store,
+            np.asarray(documents),
+            DRAFTS,
+            tokens_per_batch=64,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            **ranks,
+        )
+
+    everything = np.arange(len(store))
+    found = measure(everything)
+    assert sorted(found["by_source"]) == ["a", "b"]
+    for name, one in found["by_source"].items():
+        alone = measure(everything[store.source == name])
+        assert "by_source" not in alone
+        assert one.keys() == alone.keys()
+        assert all(one[key] == pytest.approx(value) for key, value in alone.items())
+    shares = []
+    measure(everything, rank=1, world_size=2, add_up=lambda x: shares.append(x.clone()) or x)
+    together = measure(everything, rank=0, world_size=2, add_up=lambda x: x + shares[0])
+    for name, one in found["by_source"].items():
+        assert all(together["by_source"][name][key] == pytest.approx(value) for key, value in one.items())
+
+
 RELEASED = "evaluate.checkpoint=released"
 
 

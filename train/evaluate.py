@@ -8,6 +8,7 @@ stands the mean over all anchors, which weighs hard places less than a server do
 Legend: T tokens, S = K draft steps, M predicted tokens.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -60,6 +61,10 @@ class Tally(NamedTuple):
         """Nothing counted yet."""
         return cls(*(np.zeros(num_steps) for _ in range(5)), *(np.zeros(1) for _ in range(3)))
 
+    def plus(self, other: "Tally") -> "Tally":
+        """The counts of both."""
+        return Tally(*map(np.add, self, other))
+
     def result(self) -> dict[str, Any]:
         """Acceptance as a JSON object.
 
@@ -87,8 +92,8 @@ def _answers(mask: np.ndarray, start: int, end: int) -> list[tuple[int, int]]:
     return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
 
 
-def tally(agree_SM: Tensor, overlap_SM: Tensor, scored: Scored, batch: Packed) -> Tally:
-    """Count the drafts of every answer of a batch.
+def tally(agree_SM: Tensor, overlap_SM: Tensor, scored: Scored, batch: Packed) -> list[Tally]:
+    """Count the drafts of every answer of a batch, document by document.
 
     The token at row m is known, the anchor is m - 1, and step s predicts row m + 1 + s. A server's first
     draft of an answer comes after its first token, the next one after what was accepted and one token more.
@@ -107,9 +112,11 @@ def tally(agree_SM: Tensor, overlap_SM: Tensor, scored: Scored, batch: Packed) -
     overlap = np.zeros((num_steps, T))
     agree[:, rows] = (agree_SM & scored.valid).cpu().numpy()
     overlap[:, rows] = overlap_SM.double().cpu().numpy()
-    counts = Tally.zeros(num_steps)
+    found = []
     bounds = batch.cu_seqlens.tolist()
     for start, end in itertools.pairwise(bounds):
+        counts = Tally.zeros(num_steps)
+        found.append(counts)
         counts.documents[:] += 1
         for a, b in _answers(mask, start, end):
             counts.tokens[:] += b - a
@@ -130,7 +137,7 @@ def tally(agree_SM: Tensor, overlap_SM: Tensor, scored: Scored, batch: Packed) -
                     chances = [overlap[s, m + 1 + s] for s in range(num_steps)]
                     counts.overlap[:] += np.cumprod(chances)
                     counts.anchors[:] += 1
-    return counts
+    return found
 
 
 def _batches(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -187,12 +194,16 @@ def measure(
         rank, world_size: this rank and the number of ranks; each takes every `world_size`-th document.
         add_up: sums a tensor over the ranks; needed with more than one.
         progress: called with the number of documents done.
+
+    Returns:
+        `Tally.result` of all documents and, where they come from several sources, of each in `by_source`.
     """
     slices = [documents[r::world_size] for r in range(world_size)]
     plans = [[mine[b] for b in _batches(store.length[mine], tokens_per_batch)] for mine in slices]
     # every rank makes as many passes as the busiest one
     passes = max(len(p) for p in plans)
-    counts = Tally.zeros(num_steps)
+    sources = store.source
+    counts = {name: Tally.zeros(num_steps) for name in sorted(set(sources[documents]))}
     column = state_column(store.contract)
     with torch.no_grad():
         for number in range(passes):
@@ -201,14 +212,21 @@ def measure(
             scored = batch.scored(num_steps)
             found = forward(batch, scored, scored.valid.float())
             if len(mine):
-                counts = Tally(*map(np.add, counts, tally(found.agree, found.overlap, scored, batch)))
+                tallies = tally(found.agree, found.overlap, scored, batch)
+                for name, one in zip(sources[mine], tallies, strict=True):
+                    counts[name] = counts[name].plus(one)
                 if progress is not None:
                     progress(len(mine))
-    if add_up is not None:
-        flat = add_up(torch.from_numpy(np.concatenate(counts)).to(device))
-        ends = np.cumsum([len(x) for x in counts])[:-1]
-        counts = Tally(*np.split(flat.cpu().numpy(), ends))
-    return counts.result()
+    if add_up is not None and counts:
+        # every rank knows the same sources in the same order
+        rows = torch.from_numpy(np.stack([np.concatenate(one) for one in counts.values()]))
+        ends = np.cumsum([len(x) for x in Tally.zeros(num_steps)])[:-1]
+        added = add_up(rows.to(device)).cpu().numpy()
+        counts = {name: Tally(*np.split(row, ends)) for name, row in zip(counts, added, strict=True)}
+    result = functools.reduce(Tally.plus, counts.values(), Tally.zeros(num_steps)).result()
+    if len(counts) > 1:
+        result["by_source"] = {name: one.result() for name, one in counts.items()}
+    return result
 
 
 def plan(config: RunConfig) -> str:
