@@ -195,10 +195,14 @@ class TrainConfig(Section):
     """Token budget of one packed micro-batch on one rank."""
     gradient_accumulation_steps: int = Field(1, ge=1)
     """Micro-batches of one optimizer step."""
-    max_steps: int | None = Field(None, ge=1)
-    """Optimizer steps; by default `epochs` passes over the store."""
-    epochs: float = Field(1.0, gt=0)
-    """Passes over the training documents, when `max_steps` is not set."""
+    max_steps: int | None = Field(None, ge=1, json_schema_extra=FREE)
+    """Optimizer steps; by default `epochs` passes over the store. A run goes on when there are more."""
+    epochs: float = Field(1.0, gt=0, json_schema_extra=FREE)
+    """Passes over the training documents, when `max_steps` is not set. A run goes on when there are more."""
+    new_data: bool = Field(False, json_schema_extra=FREE)
+    """Go on with the documents the store has now, in a new pass, not with those of the first start."""
+    init_from: Path | None = None
+    """Start from these weights: a run directory (its best checkpoint), a checkpoint or an export."""
     learning_rate: float = Field(3e-5, gt=0)
     """Peak learning rate."""
     learning_rate_of: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)

@@ -6,20 +6,25 @@ import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+from configs.contract import require_same
 from configs.errors import ConfigError, StoreError, StoreNotFoundError
+from configs.run_dir import META, directory, find_weights, read_meta
 from configs.schema import RunConfig, TrainConfig
 from configs.target import target_config
 from export.check import refuse_name
 from export.keymap import keymap
-from featurestore import steps_per_epoch
+from featurestore import FeatureStore, steps_per_epoch
 from train.batch import open_split
 
 __all__ = [
     "Plan",
+    "check_initial",
     "check_prefixes",
     "check_sinks",
+    "initial_weights",
     "is_frozen",
     "learning_rate_factor",
     "plan",
@@ -146,6 +151,51 @@ def num_ranks(train: TrainConfig) -> int:
     return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else train.ranks
 
 
+def initial_weights(config: RunConfig, *, verify: bool) -> Path | None:
+    """Directory of the tensors that `train.init_from` means; None for the released layer.
+
+    Args:
+        config: the settings.
+        verify: read a checkpoint's weights and compare them with their checksums.
+
+    Raises:
+        InputError: there is no such checkpoint, or it is damaged.
+        ConfigError: it was trained on documents that this run would call held out.
+    """
+    source = config.train.init_from
+    if source is None:
+        return None
+    place, which = (source, "best") if directory(source).is_dir() else (config.run.dir, str(source))
+    weights = find_weights(place, which, config.require_target(), verify=verify)
+    described = next((p for p in (weights, weights.parent) if (p / META).exists()), None)
+    meta = read_meta(described) if described else {}
+    split, share, seed = meta.get("held_out"), config.prompts.held_out, config.run.seed
+    if split and (split["seed"] != seed or split["share"] < share):
+        raise ConfigError(
+            f"train.init_from = {source} was trained with prompts.held_out = {split['share']} and run.seed ="
+            f" {split['seed']}; with {share} and {seed} it would be evaluated on documents it was trained on",
+            f"set prompts.held_out={split['share']} run.seed={split['seed']}",
+        )
+    return weights
+
+
+def check_initial(weights: Path, store: FeatureStore) -> None:
+    """Refuse weights of which it is said that they were trained for another target than the store's.
+
+    Raises:
+        ContractError: which target differs.
+    """
+    described = next((p for p in (weights, weights.parent) if (p / META).exists()), None)
+    found = (read_meta(described).get("contract") or {}) if described else {}
+    keys = [key for key in ("target", "norm_and_head_sha256") if key in found]
+    require_same(
+        {key: found[key] for key in keys},
+        {key: store.contract[key] for key in keys},
+        f"weights {weights} and store {store.url}",
+        hint="start from weights that were trained for this target",
+    )
+
+
 def total_steps(config: RunConfig, steps_per_epoch: int) -> int:
     """Optimizer steps of a run: `train.max_steps`, or enough for `train.epochs`."""
     train = config.train
@@ -200,6 +250,7 @@ def plan(config: RunConfig) -> Plan:
     trainable = frozen = 0
     ops = keymap(model)
     check_sinks(train)
+    initial_weights(config, verify=False)
     check_prefixes([op.training for op in ops if not op.training.endswith(BIAS)], train)
     for op in ops:
         count = math.prod(op.shape)

@@ -35,7 +35,7 @@ from train.batch import Packed, check_contract, check_lengths, held_out, open_sp
 from train.draft import Draft
 from train.evaluate import measure
 from train.metrics import Metrics, Pace, detail, expert_load, means, model_flops, open_sinks, sums, work
-from train.plan import total_steps
+from train.plan import check_initial, initial_weights, total_steps
 from train.unroll import Scored
 
 __all__ = ["Stopped", "learning_rate", "train"]
@@ -131,7 +131,8 @@ class _Run:
     Attributes:
         ops: key map of the target.
         metrics: writes on rank 0 only.
-        total, step: optimizer steps in all, and done.
+        schedule: optimizer steps in all, and what that number follows from.
+        step: optimizer steps done.
         saved_step: steps done by the newest checkpoint.
         saved_at: when it was saved, or this process began to train, by `time.monotonic`.
         position: of the loader after `step`; the loader itself may be a batch ahead when a signal comes.
@@ -145,7 +146,7 @@ class _Run:
     engine: Any
     ops: tuple[Op, ...]
     metrics: Metrics
-    total: int
+    schedule: dict[str, Any]
     step: int
     saved_step: int
     saved_at: float
@@ -154,6 +155,11 @@ class _Run:
     split: dict[str, Any] | None
     skipped: int = 0
     in_a_row: int = 0
+
+    @property
+    def total(self) -> int:
+        """Optimizer steps in all."""
+        return self.schedule["total"]
 
 
 def train(config: RunConfig) -> dict[str, Any] | None:
@@ -251,24 +257,28 @@ def _open(config: RunConfig, rank: int, world: int) -> _Run:
 
     # the layer is partitioned from its first byte on
     ds_config = zero.deepspeed_config(settings, num_parameters=sum(math.prod(op.shape) for op in ops))
-    draft = Draft(zero.build_layer(target, settings, ds_config), settings)
+    weights = initial_weights(config, verify=first) if saved is None else None
+    if weights is not None:
+        check_initial(weights, store)
+    draft = Draft(zero.build_layer(target, settings, ds_config, weights), settings)
     engine = zero.initialize(draft, settings, ds_config)
     if saved is not None:
         saved = checkpoint.load(engine, saved)
-        loader.load_state_dict(saved.meta["loader"])
+        loader.load_state_dict(_next_pass(config, store, saved.meta["loader"]))
     split = _record_split(config, loader.store, saved, first)
-    done, total = _steps_left(config, loader, saved)
+    done, schedule = int(saved.meta["step"]) if saved else 0, _schedule(config, loader, saved)
+    total = schedule["total"]
     kept = done if saved else -1
     sinks = open_sinks(config, kept) if first else []
     metrics = Metrics(config.run.dir / METRICS if first else None, kept, sinks)
     if first:
-        came = f"going on from {saved.path}" if saved else "from the released layer"
+        came = f"going on from {saved.path}" if saved else f"from {weights or 'the released layer'}"
         log("train", f"{came}: {total - done:,} of {total:,} steps to do on {world} ranks, {settings.dtype}")
     evaluated = dict(saved.meta["metrics"]) if saved else {}
     skipped = saved.meta.get("skipped_steps", 0) if saved else 0
     position, now = loader.state_dict(), time.monotonic()
     return _Run(
-        config, loader, engine, ops, metrics, total, done, done, now, position, evaluated, split, skipped
+        config, loader, engine, ops, metrics, schedule, done, done, now, position, evaluated, split, skipped
     )
 
 
@@ -322,22 +332,42 @@ def _contracts(config: RunConfig, store: FeatureStore) -> dict[str, Any]:
     return {"contract": store.contract, "draft": draft.model_dump(mode="json")}
 
 
-def _steps_left(config: RunConfig, loader: Loader, saved: checkpoint.Saved | None) -> tuple[int, int]:
-    """(steps done, steps in all).
+def _next_pass(config: RunConfig, store: FeatureStore, state: dict[str, Any]) -> dict[str, Any]:
+    """The loader's state to go on from: with `train.new_data` the start of a pass over the store as it is."""
+    if not config.train.new_data or store.version == state["manifest"]:
+        return state
+    epoch = state["epoch"] + (state["consumed"] > 0)
+    return state | {"manifest": store.version, "epoch": epoch, "consumed": 0}
 
-    With another number of ranks a step holds another number of documents: the steps of the remaining epochs
-    are counted anew.
+
+def _schedule(config: RunConfig, loader: Loader, saved: checkpoint.Saved | None) -> dict[str, Any]:
+    """How many steps there are in all, and what that follows from; a checkpoint keeps it.
+
+    With another number of ranks or other documents a step is another share of a pass: the steps of the
+    passes that are left are counted anew.
     """
-    total = total_steps(config, loader.steps_per_epoch())
+    train, total = config.train, total_steps(config, loader.steps_per_epoch())
+    ranks, version = loader.world_size, loader.store.version
+    schedule = {"max_steps": train.max_steps, "epochs": train.epochs, "ranks": ranks, "manifest": version}
     if saved is None:
-        return 0, total
+        return schedule | {"total": total}
+    state = saved.meta["loader"]
+    before = saved.meta.get("schedule") or {"ranks": saved.meta["ranks"], "manifest": state["manifest"]}
+    if schedule.items() <= before.items():
+        return before
     done = int(saved.meta["step"])
-    if saved.meta["ranks"] != loader.world_size and config.train.max_steps is None:
+    if train.max_steps is None and (before["ranks"], before["manifest"]) != (ranks, version):
         documents = int((~loader.store.held_out).sum())
         passed = loader.position.epoch + loader.position.consumed / documents
-        left = max(1 - passed / config.train.epochs, 0)
-        total = done + math.ceil(left * total)
-    return done, total
+        total = done + math.ceil(max(1 - passed / train.epochs, 0) * total)
+    if loader.rank == 0 and before.get("total", total) != total:
+        rates = [learning_rate(train, min(done, steps - 1), steps) for steps in (before["total"], total)]
+        log(
+            "train",
+            f"{total:,} steps in all, {before['total']:,} until now: the learning rate falls over all of them"
+            f" and goes on at {rates[1]:.2e}, where it stood at {rates[0]:.2e}",
+        )
+    return schedule | {"total": total}
 
 
 def _is_due(run: _Run) -> bool:
@@ -467,7 +497,7 @@ def _evaluate(run: _Run) -> dict[str, Any]:
 def _save(run: _Run) -> None:
     """Save a checkpoint that goes on after `run.step`."""
     meta = _contracts(run.config, run.loader.store) | {"loader": run.position, "metrics": run.evaluated}
-    meta |= {"held_out": run.split, "skipped_steps": run.skipped}
+    meta |= {"held_out": run.split, "skipped_steps": run.skipped, "schedule": run.schedule}
     keep = run.config.train.keep_checkpoints
     path = checkpoint.save(run.engine, run.ops, run.config.run.dir, run.step, meta, keep=keep)
     run.saved_step, run.saved_at = run.step, time.monotonic()
