@@ -96,6 +96,11 @@ def _earlier(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _first(*values: Any) -> Any:
+    """The first value that is not None."""
+    return next((v for v in values if v is not None), None)
+
+
 def _table(summary: dict[str, Any], config: RunConfig) -> Table:
     table = Table(title="Draft layer: released and trained", title_justify="left")
     table.add_column("held-out conversations")
@@ -112,6 +117,9 @@ def _table(summary: dict[str, Any], config: RunConfig) -> Table:
     ):
         table.add_row(f"acceptance at position {k + 1}", *(f"{x:.1%}" for x in pair))
     table.add_section()
+    if summary["loop_share"] is not None:
+        table.add_row("target's answers that are loops", f"{summary['loop_share']:.1%} of tokens", "")
+        table.add_section()
     for stage, cost in summary["stages"].items():
         table.add_row(stage, f"{cost['seconds']:.0f} s", f"{cost['bytes'] / 2**20:,.1f} MiB")
     table.add_section()
@@ -174,6 +182,8 @@ def run(files: Sequence[str], overrides: Sequence[str], *, dry_run: bool = False
         "stages": stages,
         "seconds": round(sum(cost["seconds"] for cost in stages.values()), 1),
         "peak_rss_bytes": max(memory.peak_bytes, earlier.get("peak_rss_bytes", 0)),
+        # None where this start captured nothing
+        "loop_share": _first(results["dump"].get("loop_share"), earlier.get("loop_share")),
         **collect(),
     }
     write_json(folder / run_dir.SUMMARY, summary)

@@ -26,6 +26,7 @@ SMALL = [
     "prompts.limit=40",
     "prompts.held_out=0.3",
     "prompts.max_answer_tokens=24",
+    "prompts.max_loop_share=1",  # so little trained it says little else
     "dump.block_documents=16",
     "train.max_steps=3",
     "train.tokens_per_rank=1024",
