@@ -2,8 +2,13 @@
 
 import json
 import os
+import random
 import resource
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +18,10 @@ from export.checkpoint import Checkpoint
 from export.keymap import keymap
 from tests import rank_jobs
 from tests.rank_jobs import run_job
+from tests.stores import write_store
 from train import checkpoint, zero
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_any_number_of_ranks_takes_over_the_optimizer_bit_for_bit(tmp_path, tiny_checkpoint):
@@ -189,3 +197,48 @@ def test_a_full_disk_is_one_clear_error_and_leaves_the_checkpoint_before(engine,
     assert names(tmp_path) == ["latest", "step_000001"]
     assert checkpoint.load(engine, checkpoint.newest(tmp_path)).path.name == "step_000001"
     rank_jobs.check(engine)
+
+
+def test_losses_and_gradient_norms_agree_at_1_2_and_4_ranks(tmp_path, tiny_checkpoint):
+    # documents of one length fill the ranks alike, however many there are
+    store = write_store(tmp_path / "store", tiny_checkpoint, lengths=[24] * 64)
+    ways = ("1x4", "2x2", "4x1")
+    run_job("losses", tiny_checkpoint, store, tmp_path, *ways)
+    one, *others = ([json.loads(x) for x in (tmp_path / w / "metrics.jsonl").open()] for w in ways)
+    steps = [row for row in one if "train/loss" in row]
+    # clipping is at 0.1
+    assert [row["step"] for row in steps] == list(range(1, 7))
+    assert all(row["train/grad_norm"] > 0.1 for row in steps)
+    for other in others:
+        for mine, theirs in zip(steps, (row for row in other if "train/loss" in row), strict=True):
+            for key in ("train/loss", "train/grad_norm"):
+                assert theirs[key] == pytest.approx(mine[key], rel=1e-6), (key, mine["step"])
+
+
+def test_a_kill_at_any_moment_of_saving_ends_in_the_same_weights(tmp_path, tiny_checkpoint):
+    store = write_store(tmp_path / "store", tiny_checkpoint, lengths=[24] * 64)
+    settings = [f"target.path={tiny_checkpoint}", f"train.store={store}", "train.dtype=float32"]
+    # saving is most of what such a run does
+    settings += ["train.tokens_per_rank=48", "train.max_steps=24", "train.checkpoint_every=1"]
+    settings += ["train.evaluate_every=100"]
+
+    def start(run_dir):
+        command = [sys.executable, "-m", "pipeline", "train", *settings, f"run.dir={run_dir}"]
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    assert start(tmp_path / "whole").wait(120) == 0
+    chance, killed = random.Random(61), 0
+    for _ in range(kills := int(os.environ.get("LAYER61_KILLS", "3"))):
+        process, run = start(tmp_path / "killed"), runs.directory(tmp_path / "killed")
+        before = sorted(p.name for p in run.glob("*")) if run.exists() else []
+        # until the first save has begun, then a little longer
+        while process.poll() is None and sorted(p.name for p in run.glob("*")) == before:
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.3))
+        killed += process.poll() is None
+        process.kill()
+        process.wait()
+    assert killed >= min(kills, 2)
+    assert start(tmp_path / "killed").wait(120) == 0
+    mine, theirs = (runs.read_commit(runs.locate(tmp_path / d, "last")) for d in ("killed", "whole"))
+    assert {f: e for f, e in mine.items() if "/" in f} == {f: e for f, e in theirs.items() if "/" in f}
