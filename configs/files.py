@@ -4,15 +4,18 @@ A hash (sha256) says what a thing is. A checksum says whether it is still what w
 feature store, ten times as fast, and one for each block, so that a reader of a part need not read the rest.
 """
 
+import contextlib
+import errno
 import hashlib
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from configs.errors import InputError
+from configs.errors import InputError, Layer61Error
 
 __all__ = [
     "BLOCK",
@@ -21,6 +24,7 @@ __all__ = [
     "check_block",
     "check_size",
     "checksum",
+    "explain_full_disk",
     "fsync_directory",
     "read_blocks",
     "read_json",
@@ -156,6 +160,33 @@ def verify_files(directory: Path, files: Mapping[str, Any], names: Iterable[str]
             with open(path, "rb", buffering=0) as f:
                 for index, block in read_blocks(f):
                     check_block(path, entry, index, block)
+
+
+@contextlib.contextmanager
+def explain_full_disk(what: str, path: Path, kept: str) -> Iterator[None]:
+    """Turn "no space" while something is written into a message that says what is free and what is kept.
+
+    Args:
+        what: what is written, for "no space for ...".
+        path: where; parents that are missing do not matter.
+        kept: what is not lost, for the hint.
+
+    Raises:
+        Layer61Error: the disk, the quota or the largest size of a file is reached.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        place = Path(path).absolute()
+        while not place.is_dir():
+            place = place.parent
+        free = shutil.disk_usage(place).free
+        raise Layer61Error(
+            f"no space for {what} in {path}: {error.strerror}",
+            f"{free:,} bytes are free there; make room and start again: {kept}",
+        ) from None
 
 
 def fsync_directory(path: Path) -> None:

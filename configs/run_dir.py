@@ -78,6 +78,7 @@ __all__ = [
     "partial",
     "read_best",
     "read_commit",
+    "read_export",
     "read_meta",
     "score",
     "set_aside",
@@ -309,7 +310,35 @@ def find_weights(run_dir: Path, which: str, target: Path, *, verify: bool = True
         raise InputError(
             f"there is no checkpoint {which} and no directory {path.absolute()}", _available(run_dir)
         )
+    if verify and (path / META).is_file():
+        read_export(path)
     return path
+
+
+def read_export(path: Path, *, verify: bool = True) -> dict[str, Any]:
+    """`layer61.json` of an export.
+
+    Args:
+        path: the directory.
+        verify: read its files and compare them with their checksums.
+
+    Raises:
+        InputError: it is no export of this program, or a file is missing or damaged.
+    """
+    try:
+        manifest = read_json(path / META)
+        files, _ = dict(manifest["files"]), manifest["identity"]["weights"]
+        noted = manifest.get("sha256")
+    except FileNotFoundError:
+        raise InputError(f"{path} is no export: it has no {META}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path / META} is damaged: {error}") from None
+    # earlier ones hold sizes alone
+    if noted is not None and noted != sha256_json({k: v for k, v in manifest.items() if k != "sha256"}):
+        raise InputError(f"{path / META} is damaged: it fails its checksum")
+    if verify:
+        verify_files(path, files)
+    return manifest
 
 
 def score(path: Path) -> float | None:

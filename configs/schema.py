@@ -278,6 +278,8 @@ class ExportConfig(Section):
     """`nextn`: layer-61 names, both servers; `sglang-legacy`: layers.0; `stitched`: target plus draft."""
     quantization: Literal["auto", "none", "fp8"] = "auto"
     """`auto` takes the target's own quantisation, which vLLM requires of an MTP draft."""
+    replace: bool = False
+    """Write over another export of this program, or a damaged one, in that directory."""
     draft_vocab_size: int | None = Field(None, ge=2)
     """Keep so many tokens of an EAGLE-3 draft: the most frequent of the store's answers; all by default."""
 

@@ -2,18 +2,19 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from configs.errors import InputError
-from configs.files import read_json, write_json
-from configs.run_dir import META
+from configs.files import checksum, explain_full_disk, fsync_directory, sha256_json, write_json
+from configs.run_dir import COMMIT, META, WEIGHTS, read_commit, read_export
+from export.checkpoint import Checkpoint
+from export.stream import write_tensors
 
-__all__ = ["copy_companions", "save", "write_once"]
+__all__ = ["copy_companions", "require_free", "save", "weights_identity", "write_once"]
 
 # neither server reads a draft's own tokenizer, but tools that open the directory do
 COMPANIONS = (
@@ -23,63 +24,123 @@ COMPANIONS = (
 
 
 def write_once(
-    directory: Path, identity: dict[str, Any], fill: Callable[[Path], dict[str, Any]]
+    directory: Path,
+    identity: dict[str, Any],
+    fill: Callable[[Path], dict[str, Any]],
+    *,
+    replace: bool = False,
 ) -> tuple[dict[str, Any], bool]:
-    """Make a directory, unless the same one is there already.
+    """Make a directory, unless the same one is there already, with the right bytes.
 
     Args:
         directory: where it will be.
-        identity: what decides its bytes, as JSON.
-        fill: writes the files into the directory it is given and returns what the manifest says of them.
+        identity: what decides its bytes, as JSON; with `weights`.
+        fill: writes the files into the directory it is given and returns what the manifest says of them;
+            entries of `files` that it returns are not computed again.
+        replace: put it in the place of another or a damaged export.
 
     Returns:
-        The manifest (`format`, `identity`, what `fill` returned, `files` with their sizes), and whether it
-        was there already.
+        The manifest (`format`, `identity`, what `fill` returned, `files` with sizes and checksums, `sha256`
+        of all this), and whether it was there already.
 
     Raises:
-        InputError: `directory` holds something else, or a damaged one.
+        InputError: `directory` holds something else, or a damaged export.
+        Layer61Error: the disk is full; what was in `directory` is untouched.
     """
-    if (done := _finished(directory, identity)) is not None:
+    if (done := require_free(directory, identity, replace=replace, verify=True)) is not None:
         return done, True
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial, old = (directory.with_name(f".{directory.name}.{word}") for word in ("partial", "old"))
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    kept = "what was there is untouched" if directory.exists() else "nothing else is lost"
     try:
-        manifest = {"format": 1, "identity": identity, **fill(partial)}
-        manifest["files"] = {p.name: p.stat().st_size for p in sorted(partial.iterdir())}
-        write_json(partial / META, manifest)
+        with explain_full_disk("the export", directory, kept):
+            partial.mkdir(parents=True)
+            manifest = {"format": 1, "identity": identity, **fill(partial)}
+            noted = manifest.pop("files", {})
+            manifest["files"] = {p.name: noted.get(p.name) or _entry(p) for p in sorted(partial.iterdir())}
+            manifest["sha256"] = sha256_json(manifest)
+            write_json(partial / META, manifest)
+            fsync_directory(partial)
+        if replace and directory.exists():
+            os.rename(directory, old)
         os.rename(partial, directory)
+        fsync_directory(directory.parent)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return manifest, False
 
 
-def _finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest of an identical export in place; None where there is nothing yet."""
+def _entry(path: Path) -> dict[str, Any] | int:
+    # what a link leads to is the target's
+    return path.stat().st_size if path.is_symlink() else checksum(path)
+
+
+def require_free(
+    out: Path, identity: Mapping[str, Any], *, replace: bool = False, verify: bool = False
+) -> dict[str, Any] | None:
+    """See whether an export can be written to a place.
+
+    Args:
+        out: where it will be.
+        identity: as `write_once`; what is left out of it is not compared.
+        replace: another or a damaged export there does not matter.
+        verify: read the bytes of an identical one.
+
+    Returns:
+        The manifest of an identical export that is there; None where there is nothing yet, or what is there
+        will be replaced.
+
+    Raises:
+        InputError: the place holds something else, or a damaged export.
+    """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
-    hint = f"remove {out}, or set export.dir to another directory"
+    elsewhere = "set export.dir to a directory that does not exist yet"
+    if not (out / META).is_file():
+        raise InputError(f"{out} exists and is not an export of this program", elsewhere)
+    again = f"export.replace=true writes it anew; or {elsewhere}"
     try:
-        manifest = read_json(out / META)
-        sizes, made_from = manifest["files"], manifest["identity"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{out} exists and is not an export of this program", hint) from None
-    damaged = [f for f, n in sizes.items() if not (out / f).is_file() or (out / f).stat().st_size != n]
-    if damaged:
-        raise InputError(
-            f"the export at {out} is damaged: {', '.join(damaged[:3])} missing or cut short", hint
-        )
-    if made_from != identity:
-        differing = sorted(k for k in identity if made_from.get(k) != identity[k])
-        raise InputError(f"{out} holds another export: {', '.join(differing)} differ", hint)
+        manifest = read_export(out, verify=False)
+    except InputError as error:
+        # it cannot be told any more whose it is
+        raise InputError(error.message, f"move {out} out of the way, or {elsewhere}") from None
+    made_from = manifest["identity"]
+    if differing := [k for k in identity if made_from.get(k) != identity[k]]:
+        if replace:
+            return None
+        settings = [f"{k} was {made_from.get(k)!r}" for k in differing if isinstance(identity[k], str | int)]
+        weights = [f"its weights are those of {manifest.get('weights')}"] if "weights" in differing else []
+        target = [f"its target was {manifest.get('target')}"] if "target" in differing else []
+        raise InputError(f"{out} holds another export: {'; '.join(weights + target + settings)}", again)
+    if verify:
+        try:
+            read_export(out)
+        except InputError as error:
+            if replace:
+                return None
+            raise InputError(f"the export at {out} is damaged: {error.message}", again) from None
     return manifest
 
 
-def save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a safetensors file and see it to disk."""
-    save_file(tensors, path, metadata={"format": "pt"})
-    with open(path, "rb") as f:
-        os.fsync(f.fileno())
+def weights_identity(weights: Checkpoint) -> dict[str, str]:
+    """A hash of each file of tensors; those of a checkpoint of ours are not read for it."""
+    files, folder = sorted({weights.file(name) for name in weights.names}), weights.directory
+    noted: dict[str, Any] = {}
+    if folder.name == WEIGHTS and (folder.parent / COMMIT).is_file():
+        noted = read_commit(folder.parent)
+    entries = {file: noted.get(f"{WEIGHTS}/{file}") for file in files}
+    return {
+        file: sha256_json(entry if isinstance(entry, dict) else checksum(folder / file))
+        for file, entry in entries.items()
+    }
+
+
+def save(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Write a safetensors file and see it to disk. Returns its size and checksums."""
+    shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return write_tensors(path, shapes, tensors.values())
 
 
 def copy_companions(target: Path, directory: Path) -> None:

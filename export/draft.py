@@ -11,7 +11,7 @@ from configs.target import target_config
 from export import fp8
 from export.check import refuse_name
 from export.keymap import DROPPED, is_quantized, layer_shapes
-from export.nextn import Entry, export, prepare
+from export.nextn import Entry, check_place, export, prepare
 
 __all__ = ["plan", "run"]
 
@@ -37,11 +37,14 @@ def plan(config: RunConfig) -> str:
     target = config.require_target()
     if target.exists():
         try:
-            return prepare(**_arguments(config, verify=False)).describe()
+            planned = prepare(**_arguments(config, verify=False))
         except InputError as error:
             if run_dir.committed(config.run.dir) or config.export.checkpoint not in ("best", "last"):
                 raise
             waiting = error.message
+        else:
+            check_place(planned, replace=config.export.replace)
+            return planned.describe()
     else:
         waiting = f"there is no target at {target}"
     sizes = target_config(target, planning=True)
@@ -64,4 +67,4 @@ def plan(config: RunConfig) -> str:
 
 def run(config: RunConfig) -> dict[str, Any]:
     """`layer61 export`: write the draft directory and return its manifest."""
-    return export(**_arguments(config, verify=True))
+    return export(**_arguments(config, verify=True), replace=config.export.replace)

@@ -23,15 +23,15 @@ import torch
 from configs import run_dir
 from configs.contract import norm_and_head_sha256, require_same, target_contract
 from configs.errors import ConfigError, InputError
-from configs.files import sha256_file, write_json
+from configs.files import write_json
 from configs.progress import log, task
 from export import fp8
 from export.check import check, refuse_name
 from export.checkpoint import INDEX, Checkpoint, mtp_prefix
-from export.directory import copy_companions, save, write_once
+from export.directory import copy_companions, require_free, save, weights_identity, write_once
 from export.keymap import DROPPED, account, is_quantized, layer_shapes
 
-__all__ = ["Entry", "Layout", "Plan", "Quantization", "export", "prepare"]
+__all__ = ["Entry", "Layout", "Plan", "Quantization", "check_place", "export", "prepare"]
 
 Layout = Literal["nextn", "sglang-legacy", "stitched"]
 Quantization = Literal["auto", "none", "fp8"]
@@ -187,6 +187,11 @@ def prepare(
     out = Path(out_dir).absolute()
     refuse_name(out)
     target = Checkpoint(Path(target_dir).absolute())
+    if out.resolve() == target.directory.resolve():
+        raise ConfigError(
+            f"export.dir = {out} is the target itself",
+            "set export.dir to a directory that does not exist yet",
+        )
     target_names = target.mtp_names()
     weights, said = _weights(Path(weights_dir).absolute(), target)
     _compare_contracts(weights, target, said)
@@ -318,15 +323,14 @@ def _compare_contracts(weights: Checkpoint, target: Checkpoint, said: dict[str, 
 def _identity(plan: Plan) -> dict[str, Any]:
     """What decides the bytes of an export."""
     identity: dict[str, Any] = {
-        "format": 1,
+        "format": 2,
         "layout": plan.layout,
         "quantization": plan.quantization,
         "target": target_contract(plan.target.directory).model_dump(mode="json", exclude={"path"}),
         "weights": "released",
     }
     if plan.weights.directory != plan.target.directory:
-        files = sorted({plan.weights.file(name) for name in plan.weights.names})
-        identity["weights"] = {file: sha256_file(plan.weights.directory / file) for file in files}
+        identity["weights"] = weights_identity(plan.weights)
     return identity
 
 
@@ -383,6 +387,17 @@ def _summary(errors: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]
     }
 
 
+def check_place(plan: Plan, *, replace: bool) -> None:
+    """What `export` would refuse about the directory, found without reading a tensor."""
+    identity = _identity(plan) if _is_ours(plan.weights) else {"layout": plan.layout}
+    require_free(plan.directory, identity, replace=replace)
+
+
+def _is_ours(weights: Checkpoint) -> bool:
+    """Whether the hashes of the weights are known already."""
+    return weights.directory.name == run_dir.WEIGHTS and (weights.directory.parent / run_dir.COMMIT).is_file()
+
+
 def export(
     weights_dir: Path | str,
     target_dir: Path | str,
@@ -391,6 +406,7 @@ def export(
     layout: Layout = "nextn",
     quantization: Quantization = "auto",
     file_bytes: int = FILE_BYTES,
+    replace: bool = False,
 ) -> dict[str, Any]:
     """Write a layer as a draft directory, published by one rename; memory is that of one file.
 
@@ -402,6 +418,7 @@ def export(
         layout: see the module's table.
         quantization: `auto` as the target's; `none` bfloat16; `fp8` in blocks of 128 x 128.
         file_bytes: most bytes of one file.
+        replace: put it in the place of another or a damaged export in `out_dir`.
 
     Returns:
         `layer61.json` of the directory (identity, contracts, step, files, rounding errors, servers that load
@@ -415,17 +432,24 @@ def export(
     planned = prepare(
         weights_dir, target_dir, out_dir, layout=layout, quantization=quantization, file_bytes=file_bytes
     )
-    manifest, reused = write_once(planned.directory, _identity(planned), lambda out: _write(planned, out))
+    manifest, reused = write_once(
+        planned.directory, _identity(planned), lambda out: _write(planned, out), replace=replace
+    )
     if reused:
-        log("export", f"already done: {planned.directory} is this export; nothing to do")
+        log("export", f"already done: {planned.directory} is this export, all its bytes are right")
     else:
-        log("export", f"wrote {planned.directory}; loads in {' and '.join(manifest['servers'])}")
+        servers = " and ".join(manifest["servers"])
+        log(
+            "export",
+            f"wrote {planned.directory}; every value is finite, names, shapes and quantisation are those that"
+            f" {servers} load (by their loaders' rules, no server was started)",
+        )
     return {**manifest, "directory": str(planned.directory), "reused": reused}
 
 
 def _write(plan: Plan, directory: Path) -> dict[str, Any]:
     """Fill `directory` and return what its manifest says beside identity and files."""
-    errors, weight_map, unchanged = _write_tensors(plan, directory)
+    errors, weight_map, unchanged, files = _write_tensors(plan, directory)
     log("export", f"{unchanged:,} of {len(plan.entries):,} weights are as released and keep their bits")
     target = plan.target
     total = plan.num_bytes
@@ -470,15 +494,20 @@ def _write(plan: Plan, directory: Path) -> dict[str, Any]:
         "bytes": plan.num_bytes,
         "servers": servers,
         "fp8_errors": fp8_errors,
+        "files": files,
     }
 
 
-def _write_tensors(plan: Plan, directory: Path) -> tuple[dict[str, dict[str, float]], dict[str, str], int]:
+def _write_tensors(
+    plan: Plan, directory: Path
+) -> tuple[dict[str, dict[str, float]], dict[str, str], int, dict[str, Any]]:
     """Write the new files.
 
     Returns:
-        Rounding errors of the newly quantised tensors; file of each name; entries with the released bits.
+        Rounding errors of the newly quantised tensors; file of each name; entries with the released bits;
+        sizes and checksums of the files.
     """
+    files: dict[str, Any] = {}
     errors: dict[str, dict[str, float]] = {}
     weight_map: dict[str, str] = {}
     unchanged = 0
@@ -492,11 +521,11 @@ def _write_tensors(plan: Plan, directory: Path) -> tuple[dict[str, dict[str, flo
                     errors[entry.name] = error
                 tensors |= stored
                 progress.advance(sum(t.nbytes for t in stored.values()), entry.name)
-            save(directory / file, tensors)
+            files[file] = save(directory / file, tensors)
             weight_map |= dict.fromkeys(tensors, file)
         for file, names in plan.kept.items():
             tensors = {name: plan.target.get(name, raw=True) for name in names}
-            save(directory / file, tensors)
+            files[file] = save(directory / file, tensors)
             weight_map |= dict.fromkeys(tensors, file)
             progress.advance(sum(t.nbytes for t in tensors.values()), file)
-    return errors, weight_map, unchanged
+    return errors, weight_map, unchanged, files

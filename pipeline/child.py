@@ -69,7 +69,8 @@ def enter(log: str, *, append: bool = False) -> None:
         log: file; standard output of the parent carries results and nothing else.
         append: keep what the log holds.
     """
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if append else os.O_TRUNC))
+    flags = os.O_WRONLY | os.O_CREAT | (os.O_APPEND if append else os.O_TRUNC)
+    output = os.open(log, flags, 0o666)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.setpgrp()

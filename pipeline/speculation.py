@@ -8,7 +8,6 @@ import torch
 from configs import run_dir
 from configs.contract import require_same, target_contract
 from configs.errors import InputError
-from configs.files import read_json
 from configs.schema import RunConfig
 from export.check import check, refuse_name
 from export.checkpoint import Checkpoint
@@ -57,7 +56,7 @@ def require_draft(target: Checkpoint, draft: Path | None) -> None:
 
     Raises:
         ConfigError: the draft's path would mislead vLLM.
-        InputError: the target has no MTP layer, or the draft does not load beside it.
+        InputError: the target has no MTP layer, or the draft does not load beside it or is damaged.
         ContractError: the draft was made for another target.
     """
     if draft is None:
@@ -73,10 +72,9 @@ def require_draft(target: Checkpoint, draft: Path | None) -> None:
                 f"{draft} is not a vLLM draft for {target.directory}: {problems[0]}",
                 "export it again for this target, layout nextn, quantisation auto",
             )
-    try:
-        made_for = read_json(draft / run_dir.META)["identity"]["target"]
-    except (OSError, ValueError, KeyError, TypeError):
+    if not (draft / run_dir.META).is_file():
         return
+    made_for = run_dir.read_export(draft)["identity"]["target"]
     require_same(
         {"target": made_for},
         {"target": target_contract(target.directory).model_dump(mode="json")},

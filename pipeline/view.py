@@ -11,10 +11,9 @@ import os
 import shutil
 from pathlib import Path
 
-from safetensors.torch import save_file
-
-from configs.files import write_json
+from configs.files import explain_full_disk, write_json
 from export.checkpoint import INDEX, Checkpoint, mtp_prefix
+from export.directory import save
 
 __all__ = ["make_view"]
 
@@ -31,30 +30,37 @@ def make_view(target_dir: Path | str, out_dir: Path | str) -> Path:
 
     Raises:
         InputError: `target_dir` is not a checkpoint.
+        Layer61Error: the disk is full.
     """
     source = Checkpoint(target_dir)
     out = Path(out_dir).absolute()
     if source.config.get("model_type") != "deepseek_v32":
         return source.directory
     indexer = f"{mtp_prefix(source.config)}self_attn.indexer."
-    rewritten = {source.file(name) for name in source.names if name.startswith(indexer)}
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        for path in source.directory.iterdir():
-            if path.name not in ("config.json", INDEX, *rewritten) and path.is_file():
-                (partial / path.name).symlink_to(path.resolve())
-        kept = {name: source.file(name) for name in source.names if not name.startswith(indexer)}
-        for file in sorted(rewritten):
-            tensors = {name: source.get(name, raw=True) for name, held_by in kept.items() if held_by == file}
-            save_file(tensors, partial / file, metadata={"format": "pt"})
-        write_json(partial / INDEX, {"metadata": {}, "weight_map": kept})
-        config = {k: v for k, v in source.config.items() if not k.startswith("index_")}
-        config |= {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
-        write_json(partial / "config.json", config)
+        with explain_full_disk("a view of the checkpoint", out, "everything else is untouched"):
+            _fill(source, partial, indexer)
         shutil.rmtree(out, ignore_errors=True)
         os.rename(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+def _fill(source: Checkpoint, out: Path, indexer: str) -> None:
+    """Write the view without the tensors that begin with `indexer`."""
+    rewritten = {source.file(name) for name in source.names if name.startswith(indexer)}
+    out.mkdir(parents=True)
+    for path in source.directory.iterdir():
+        if path.name not in ("config.json", INDEX, *rewritten) and path.is_file():
+            (out / path.name).symlink_to(path.resolve())
+    kept = {name: source.file(name) for name in source.names if not name.startswith(indexer)}
+    for file in sorted(rewritten):
+        tensors = {name: source.get(name, raw=True) for name, held_by in kept.items() if held_by == file}
+        save(out / file, tensors)
+    write_json(out / INDEX, {"metadata": {}, "weight_map": kept})
+    config = {k: v for k, v in source.config.items() if not k.startswith("index_")}
+    config |= {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
+    write_json(out / "config.json", config)
