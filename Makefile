@@ -58,6 +58,9 @@ verify: setup ## serve target and draft in vLLM and measure acceptance
 serve: setup ## vLLM's OpenAI server with the draft, acceptance shown live
 	$(LAYER61) serve $(CONFIG) 'run.dir="$(RUN)"' $(ARGS)
 
+bench-serve: setup ## speed over HTTP with and without drafts, at several concurrencies
+	$(LAYER61) bench-serve $(CONFIG) 'run.dir="$(RUN)"' $(ARGS)
+
 report: setup ## one self-contained HTML page about a run
 	$(LAYER61) report "$(RUN)"
 

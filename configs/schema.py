@@ -13,6 +13,7 @@ from configs import run_dir
 from configs.errors import ConfigError
 
 __all__ = [
+    "MOST_DRAFTS",
     "OWNED",
     "DumpConfig",
     "Eagle3Config",
@@ -29,6 +30,8 @@ __all__ = [
     "VerifyConfig",
 ]
 
+# draft tokens a step, at most
+MOST_DRAFTS = 16
 FREE: dict[str, Any] = {"free": True}
 
 
@@ -285,14 +288,16 @@ class ExportConfig(Section):
 
 
 class VerifyConfig(Section):
-    num_speculative_tokens: int = Field(3, ge=1, le=16)
+    num_speculative_tokens: int = Field(3, ge=1, le=MOST_DRAFTS)
     """Draft tokens a step."""
     max_conversations: int | None = Field(None, ge=1)
     """Held-out conversations to serve; all by default."""
     max_tokens: int = Field(256, ge=2)
     """Most tokens of one answer."""
-    compare_released: bool = True
-    """Also serve the released MTP layer and plain greedy decoding."""
+    drafts: tuple[str, ...] = Field(("released", "trained"), min_length=1)
+    """What to compare: `released` (the target's own layer), `trained` (the export), directories of drafts."""
+    temperature: float = Field(1.0, ge=0)
+    """Measured as well, beside temperature 0; with 0 that is all."""
     vllm: dict[str, Any] = Field(default_factory=dict)
     """Passed to vLLM's engine untouched."""
 
@@ -300,7 +305,7 @@ class VerifyConfig(Section):
 class ServeConfig(Section):
     draft: str = "trained"
     """`trained` (the export), `released` (the target's own layer), `none`, or the directory of a draft."""
-    num_speculative_tokens: int = Field(3, ge=1, le=16)
+    num_speculative_tokens: int = Field(3, ge=1, le=MOST_DRAFTS)
     """Draft tokens a step."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 is every one of this machine."""

@@ -156,6 +156,12 @@ def _serve(args: argparse.Namespace) -> int:
     return _stage(args, ("target",), serve.plan, serve.run)
 
 
+def _bench_serve(args: argparse.Namespace) -> int:
+    from pipeline import bench_serve
+
+    return _stage(args, ("target", "prompts"), bench_serve.plan, bench_serve.run)
+
+
 def _demo(args: argparse.Namespace) -> int:
     from pipeline import demo
 
@@ -211,6 +217,11 @@ VERBS: dict[str, tuple[Callable[[argparse.Namespace], int], str, tuple[str, ...]
         _serve,
         "vLLM's OpenAI server with the draft, acceptance shown live",
         ("run", "target", "serve"),
+    ),
+    "bench-serve": (
+        _bench_serve,
+        "speed over HTTP with and without drafts, at several concurrencies",
+        ("run", "target", "prompts", "serve"),
     ),
     "demo": (_demo, "every stage with the tiny target, and a table at the end", ("run", "tiny")),
 }
