@@ -6,7 +6,7 @@ Faithful to vLLM 0.32.0 (`get_spec_layer_idx_from_weight_name` in `model_executo
 
               layer number                   quantisation
     vLLM      the target's                   the target's
-    sglang    the draft's; 0 if it has one   the draft's
+    sglang    the draft's; 0 if it has one   the draft's; with an explicit `--quantization`, that one
 """
 
 from collections.abc import Mapping
