@@ -147,8 +147,8 @@ def _scheme(target: Checkpoint, quantization: Quantization) -> Literal["none", "
         raise InputError(
             f"{target.directory} is quantised as {config.get('quant_method')!r}"
             f" with weight_block_size {config.get('weight_block_size')!r}; only fp8 in blocks can be written",
-            'set export.quantization = "none" for a bfloat16 draft, which sglang serves beside any target; where'
-            " it is given --quantization, with --speculative-draft-model-quantization unquant",
+            'set export.quantization = "none" for a bfloat16 draft, which sglang serves beside any target;'
+            " where it is given --quantization, with --speculative-draft-model-quantization unquant",
         )
     return "fp8"
 

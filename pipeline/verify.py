@@ -131,8 +131,12 @@ def verify(
             return make_view(directory, views / name) if view == "v3" else directory
 
         base = {**engine, "model": str(served(target.directory, "target"))}
-        own = {"engine": {**base, "logprobs_mode": "raw_logits"}, "logits": str(folder / "plain.npz")}
+        # of its own name: it is written before the measurement it belongs to, and kept with it
+        logits = folder / f"plain.{sha256_json(identity)[:16]}.npz"
+        own = {"engine": {**base, "logprobs_mode": "raw_logits"}, "logits": str(logits)}
         plain = _measured(PLAIN, folder / "plain.json", identity, {**job, **own, "temperature": 0})
+        for older in set(folder.glob("plain.*.npz")) - {logits}:
+            older.unlink()
         figures = {}
         for number, (name, directory) in enumerate(directories.items()):
             path = None if directory is None else served(directory, f"draft-{number}")
@@ -160,7 +164,7 @@ def verify(
             figures[name]["greedy"] = compare(
                 plain["outputs"],
                 measured["outputs"],
-                read_logits(folder / "plain.npz", plain["outputs"], measured["outputs"]),
+                read_logits(logits, plain["outputs"], measured["outputs"]),
                 eps=torch.finfo(getattr(torch, plain["dtype"])).eps,
                 largest_noise=plain["noise"]["largest"],
             )
@@ -206,8 +210,6 @@ def _measured(name: str, path: Path, made_from: dict[str, Any], job: dict[str, A
         if kept["key"] == key:
             log("verify", f"{name}: already measured, taken from {path}")
             return kept["result"]
-    # the logits beside it are written first
-    path.unlink(missing_ok=True)
     result = measure(name, {**job, "log": str(path.with_suffix(".log"))})
     write_json(path, {"key": key, "result": result})
     return result
