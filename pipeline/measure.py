@@ -135,7 +135,7 @@ def _counters(llm: Any) -> list[int]:
     """Drafts so far and accepted tokens by position; empty without speculation."""
     from vllm.v1.metrics.reader import Counter, Vector
 
-    drafts, accepted = 0, []
+    drafts, accepted = 0, list[int]()
     for metric in llm.get_metrics():
         if metric.name == DRAFTS and isinstance(metric, Counter):
             drafts += metric.value

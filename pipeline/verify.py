@@ -90,16 +90,16 @@ def verify(
     for directory in directories.values():
         require_draft(target, directory)
     view = view_of(view)
-    prompts = [list(map(int, ids)) for ids in prompts]
-    room = answer_room(prompts, target.config, max_tokens, view)
+    asked = [list(map(int, ids)) for ids in prompts]
+    room = answer_room(asked, target.config, max_tokens, view)
     eos = target.config.get("eos_token_id")
-    job = {
-        "prompts": prompts,
+    job: dict[str, Any] = {
+        "prompts": asked,
         "max_tokens": room,
         "stop_token_ids": [eos] if isinstance(eos, int) else list(eos or []),
     }
     # the same with every number of drafts, so that the target's own run serves them all
-    longest = max(len(ids) + most for ids, most in zip(prompts, room, strict=True)) + MOST_DRAFTS + 1
+    longest = max(len(ids) + most for ids, most in zip(asked, room, strict=True)) + MOST_DRAFTS + 1
     engine = {
         **({} if torch.cuda.is_available() else CPU_ENGINE),
         "max_model_len": min(longest, target.config.get("max_position_embeddings", longest)),
@@ -130,7 +130,7 @@ def verify(
         def served(directory: Path, name: str) -> Path:
             return make_view(directory, views / name) if view == "v3" else directory
 
-        base = {**engine, "model": str(served(target.directory, "target"))}
+        base: dict[str, Any] = {**engine, "model": str(served(target.directory, "target"))}
         # of its own name: it is written before the measurement it belongs to, and kept with it
         logits = folder / f"plain.{sha256_json(identity)[:16]}.npz"
         own = {"engine": {**base, "logprobs_mode": "raw_logits"}, "logits": str(logits)}
@@ -147,12 +147,12 @@ def verify(
                 "drafts": num_speculative_tokens,
                 "temperature": temperature,
             }
-            own = {"engine": {**base, "speculative_config": speculative}, "logits": None}
+            mine: dict[str, Any] = {"engine": {**base, "speculative_config": speculative}, "logits": None}
             measured = _measured(
                 name,
                 folder / f"draft-{sha256_json(name)[:8]}.json",
                 made_from,
-                {**job, **own, "temperature": temperature},
+                {**job, **mine, "temperature": temperature},
             )
             figures[name] = _acceptance(measured, num_speculative_tokens)
             figures[name]["start_seconds"] = measured["start_seconds"]
@@ -171,7 +171,7 @@ def verify(
     return {
         "drafts": figures,
         "plain": _speed(plain) | {"start_seconds": plain["start_seconds"], "noise": plain["noise"]},
-        "num_prompts": len(prompts),
+        "num_prompts": len(asked),
         "view": view,
         "versions": _versions(),
     }
