@@ -97,7 +97,7 @@ def _answer(job: dict[str, Any], connection: Connection) -> None:
         sampling = [
             SamplingParams(
                 temperature=temperature,
-                # of its own: which requests share a step does not change what is drawn
+                # of its own, so that another run draws the same but for rounding
                 seed=number if temperature else None,
                 max_tokens=max_tokens,
                 stop_token_ids=job["stop_token_ids"],
