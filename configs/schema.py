@@ -417,6 +417,13 @@ class RunConfig(Section):
         return self.target.path
 
     @property
+    def trained(self) -> TrainConfig:
+        """`[train]` with what the kind of draft freezes as well: rows of the target's head."""
+        if self.train.draft == "mtp" or self.eagle3.head == "trained" or not self.eagle3.draft_vocab_size:
+            return self.train
+        return self.train.model_copy(update={"freeze": (*self.train.freeze, "own_head.")})
+
+    @property
     def store_path(self) -> str:
         """Where `dump` writes: `dump.store`, or `store` in the run directory."""
         return self.dump.store or str(self.run.dir / run_dir.STORE)

@@ -9,18 +9,19 @@ Faithful to vLLM 0.32.0 (`get_spec_layer_idx_from_weight_name` in `model_executo
     sglang    the draft's; 0 if it has one   the draft's; with an explicit `--quantization`, that one
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from configs.errors import ConfigError, InputError
 from export import fp8
 from export.checkpoint import Checkpoint, mtp_prefix
 from export.keymap import DROPPED, is_quantized, layer_shapes
 
-__all__ = ["check", "refuse_name", "sglang_parameter", "vllm_parameter"]
+__all__ = ["check", "map_problem", "refuse_layers", "refuse_name", "sglang_parameter", "vllm_parameter"]
 
 # vLLM picks the speculative method by these words anywhere in the draft's path, whatever the method asked for
 FORBIDDEN = ("eagle", "dflash", "dspark")
@@ -35,6 +36,39 @@ FUSED = {
     "up_proj": ("gate_up_proj", 1),
 }
 EXPERT = {"gate_proj": ("w13", "w1"), "up_proj": ("w13", "w3"), "down_proj": ("w2", "w2")}
+
+
+def refuse_layers(ids: Sequence[int]) -> None:
+    """Refuse layer inputs that one server would take from other layers.
+
+    Raises:
+        ConfigError: they begin with layer 1.
+    """
+    if list(ids[:1]) == [1]:
+        raise ConfigError(
+            f"an EAGLE-3 draft of the inputs of layers {list(ids)} would be served wrongly: sglang adds 1 to"
+            " all of them where the first is 1",
+            "dump with dump.aux_layers from 2 on",
+        )
+
+
+def map_problem(d2t_N: Tensor, t2d_V: Tensor | None, vocab_size: int) -> str | None:
+    """What is wrong with the vocabulary maps of a pruned draft, None if nothing is.
+
+    Args:
+        d2t_N: int64 [N], target id less draft id.
+        t2d_V: bool [V], True where the target's token is the draft's; not every export has it.
+        vocab_size: tokens of the target.
+    """
+    keep_N = d2t_N + torch.arange(len(d2t_N))
+    if not (keep_N.diff() > 0).all() or keep_N[0] < 0 or keep_N[-1] >= vocab_size:
+        return (
+            f"d2t does not hold offsets: target ids from {int(keep_N.min())} to {int(keep_N.max())}, expected"
+            f" ascending ones below {vocab_size}"
+        )
+    if t2d_V is not None and not torch.equal(t2d_V.bool().nonzero().flatten(), keep_N):
+        return "t2d and d2t keep different tokens"
+    return None
 
 
 def refuse_name(path: Path | str, key: str = "export.dir") -> None:
