@@ -7,9 +7,10 @@ from typing import Any
 from configs.errors import InputError
 from configs.target import target_config
 
-__all__ = ["ARCHITECTURE", "draft_config", "recognise"]
+__all__ = ["ARCHITECTURE", "IDS", "draft_config", "recognise"]
 
 ARCHITECTURE = "Eagle3DeepseekV2ForCausalLM"
+IDS = "eagle_aux_hidden_state_layer_ids"
 
 # sizes and positions of the target that the draft shares
 SHARED = (
@@ -62,8 +63,8 @@ def draft_config(
         "intermediate_size": intermediate_size or target["intermediate_size"],
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
-        "eagle_aux_hidden_state_layer_ids": ids,
-        "eagle_config": {"eagle_aux_hidden_state_layer_ids": ids, "use_aux_hidden_state": True},
+        IDS: ids,
+        "eagle_config": {IDS: ids, "use_aux_hidden_state": True},
     }
     if draft_vocab_size is not None:
         config["draft_vocab_size"] = draft_vocab_size
@@ -106,8 +107,8 @@ def recognise(directory: Path | str, target: Mapping[str, Any]) -> dict[str, Any
             "name an export or a checkpoint of this program",
         )
     where = f"{directory}/config.json"
-    ids = config.get("eagle_aux_hidden_state_layer_ids")
-    ids = ids or (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+    ids = config.get(IDS)
+    ids = ids or (config.get("eagle_config") or {}).get(IDS)
     if not isinstance(ids, list) or not all(isinstance(k, int) for k in ids) or not ids:
         raise InputError(f"{where} has no eagle_aux_hidden_state_layer_ids: its layer inputs are not known")
     layers = target["num_hidden_layers"]
@@ -125,4 +126,4 @@ def recognise(directory: Path | str, target: Mapping[str, Any]) -> dict[str, Any
     if other or missing:
         found = "; ".join([*other, *(f"{key} is missing" for key in missing)])
         raise InputError(f"{where} does not fit the target: {found}", "use the draft of this target")
-    return {**config, "eagle_aux_hidden_state_layer_ids": ids}
+    return {**config, IDS: ids}

@@ -393,6 +393,8 @@ class RunConfig(Section):
                     f"dump.vllm.{name}: an engine of a dump cannot be data-parallel; give it GPUs with"
                     " dump.tensor_parallel_size, and start several with dump.worker or dump.ray"
                 )
+            if self.export.draft_vocab_size is not None:
+                raise ValueError("export.draft_vocab_size is set, but an MTP draft has the target's head")
         for table, owned in OWNED.items():
             section, key = table.split(".")
             value = getattr(getattr(self, section), key)

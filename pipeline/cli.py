@@ -129,7 +129,7 @@ def _dump(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     from train import launch
 
-    return _stage(args, ("target", "train"), launch.plan, launch.run)
+    return _stage(args, ("target", "train", "eagle3"), launch.plan, launch.run)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -140,8 +140,12 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     from export import draft
+    from train import vocabulary
 
-    return _stage(args, ("target",), draft.plan, draft.run)
+    def run(config: RunConfig) -> dict[str, Any]:
+        return draft.run(config, lambda size: vocabulary.choose(config, size))
+
+    return _stage(args, ("target",), draft.plan, run)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -209,9 +213,9 @@ def console_out(thing: Any) -> None:
 
 VERBS: dict[str, tuple[Callable[[argparse.Namespace], int], str, tuple[str, ...]]] = {
     "dump": (_dump, "stage one: conversations to stored hidden states", ("run", "target", "prompts", "dump")),
-    "train": (_train, "stage two: train layer 61 from the store", ("run", "target", "train")),
+    "train": (_train, "stage two: train a draft from the store", ("run", "target", "train", "eagle3")),
     "evaluate": (_evaluate, "offline acceptance of a checkpoint", ("run", "target", "train", "evaluate")),
-    "export": (_export, "write the NextN directory", ("run", "target", "export")),
+    "export": (_export, "write the directory that servers load", ("run", "target", "export")),
     "verify": (_verify, "serve target and draft in vLLM, measure acceptance", ("run", "target", "verify")),
     "serve": (
         _serve,

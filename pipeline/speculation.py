@@ -9,7 +9,7 @@ from configs import run_dir
 from configs.contract import require_same, target_contract
 from configs.errors import InputError
 from configs.schema import RunConfig
-from export.check import check, refuse_name
+from export.check import check, check_eagle3, refuse_name
 from export.checkpoint import Checkpoint
 
 __all__ = ["CPU_ENGINE", "draft_directory", "draft_path", "require_draft", "speculative_config", "view_of"]
@@ -69,7 +69,12 @@ def require_draft(target: Checkpoint, draft: Path | None) -> None:
         target.mtp_names()
         refuse_name(target.directory, "target.path")
         return
-    if not is_eagle3(draft):
+    if is_eagle3(draft):
+        if problems := check_eagle3(draft, target.directory)["vllm"]:
+            raise InputError(
+                f"{draft} is not a vLLM draft for {target.directory}: {problems[0]}", "export it again"
+            )
+    else:
         target.mtp_names()
         refuse_name(draft)
         if problems := check(draft, target.directory)["vllm"]:

@@ -15,8 +15,7 @@ from pipeline.tiny.write import random_checkpoint
 from tests.stores import write_store
 from train import evaluate, launch
 from train.model import load_layer
-from train.start import stop_ids
-from train.vocabulary import kept_tokens, token_counts
+from train.vocabulary import kept_tokens, stop_ids, token_counts
 
 STEPS = 48
 AUX = (2, 3)

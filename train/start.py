@@ -20,9 +20,9 @@ from export.keymap import Op, draft_keymap
 from featurestore import FeatureStore
 from train.eagle3 import initial_tensors
 from train.model import eagle3_config, layer_tensors
-from train.vocabulary import describe, kept_tokens, maps, token_counts
+from train.vocabulary import describe, kept_tokens, maps, stop_ids, token_counts
 
-__all__ = ["Start", "new_config", "start", "stop_ids"]
+__all__ = ["Start", "new_config", "released", "start"]
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,6 @@ class Start:
             yield from maps(self.keep, target.config["vocab_size"]).items()
 
 
-def stop_ids(target: dict[str, Any]) -> list[int]:
-    """Tokens that end an answer, by config.json of the target."""
-    eos = target.get("eos_token_id")
-    return [eos] if isinstance(eos, int) else list(eos or [])
-
-
 def new_config(config: RunConfig, target: dict[str, Any], layers: list[int]) -> dict[str, Any]:
     """The config.json of the draft that `[eagle3]` describes, with the inputs of these layers.
 
@@ -98,6 +92,12 @@ def new_config(config: RunConfig, target: dict[str, Any], layers: list[int]) -> 
     )
 
 
+def released(target: dict[str, Any], mask_position_0: bool = True) -> Start:
+    """Training of the target's own MTP layer, from its config.json."""
+    said = contract.Draft(mask_position_0=mask_position_0)
+    return Start(None, draft_keymap(target, None), said, None)
+
+
 def start(config: RunConfig, store: FeatureStore, target: Checkpoint) -> Start:
     """Settle what a run trains; all ranks call this.
 
@@ -106,8 +106,7 @@ def start(config: RunConfig, store: FeatureStore, target: Checkpoint) -> Start:
         ConfigError: the settings do not fit the target.
     """
     if config.train.draft == "mtp":
-        said = contract.Draft(mask_position_0=config.train.mask_position_0)
-        return Start(None, draft_keymap(target.config, None), said, None)
+        return released(target.config, config.train.mask_position_0)
     layers = aux_layers(store.contract)
     if not layers:
         count = target.config["num_hidden_layers"]

@@ -267,7 +267,9 @@ def _open(config: RunConfig, rank: int, world: int) -> _Run:
     weights = initial_weights(config, verify=first) if saved is None else None
     if weights is not None:
         check_initial(weights, store)
-    draft = Draft(zero.build_layer(target, plan, config, ds_config, weights), settings)
+    seed = config.run.seed
+    layer = zero.build_layer(target, config.trained, ds_config, weights, begin=plan, seed=seed)
+    draft = Draft(layer, settings)
     engine = zero.initialize(draft, settings, ds_config)
     if saved is not None:
         saved = checkpoint.load(engine, saved)

@@ -3,8 +3,8 @@
 Legend: V vocabulary, N tokens kept.
 """
 
-import hashlib
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +13,12 @@ from torch import Tensor
 from configs import contract
 from configs.errors import ConfigError
 from configs.progress import task
+from configs.schema import RunConfig
+from configs.target import target_config
 from featurestore import FeatureStore
+from train.batch import open_split
 
-__all__ = ["describe", "kept_tokens", "maps", "token_counts"]
+__all__ = ["choose", "describe", "kept_tokens", "maps", "stop_ids", "token_counts"]
 
 
 def token_counts(store: FeatureStore, vocab_size: int) -> np.ndarray:
@@ -55,6 +58,23 @@ def kept_tokens(counts: np.ndarray, size: int, stop_ids: Iterable[int], key: str
     return torch.from_numpy(np.sort(np.argsort(-weighed, kind="stable")[:size]).astype(np.int64))
 
 
+def stop_ids(target: dict[str, Any]) -> list[int]:
+    """Tokens that end an answer, by config.json of the target."""
+    eos = target.get("eos_token_id")
+    return [eos] if isinstance(eos, int) else list(eos or [])
+
+
+def choose(config: RunConfig, size: int) -> Tensor:
+    """What `export.draft_vocab_size` keeps, by the store that the draft was trained from.
+
+    Raises:
+        ConfigError: as `kept_tokens`. StoreNotFoundError: there is no store.
+    """
+    target = target_config(config.require_target())
+    counts = token_counts(open_split(config), target["vocab_size"])
+    return kept_tokens(counts, size, stop_ids(target), "export.draft_vocab_size")
+
+
 def maps(keep_N: Tensor, vocab_size: int) -> dict[str, Tensor]:
     """The two maps that servers read: d2t int64 [N], target id less draft id; t2d bool [V]."""
     t2d = torch.zeros(vocab_size, dtype=torch.bool)
@@ -64,7 +84,4 @@ def maps(keep_N: Tensor, vocab_size: int) -> dict[str, Tensor]:
 
 def describe(keep_N: Tensor | None) -> contract.Vocabulary | None:
     """What a draft's contract says of its tokens."""
-    if keep_N is None:
-        return None
-    digest = hashlib.sha256(keep_N.cpu().numpy().astype("<i8").tobytes()).hexdigest()
-    return contract.Vocabulary(size=len(keep_N), sha256=digest)
+    return None if keep_N is None else contract.vocabulary(keep_N.tolist())

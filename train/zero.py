@@ -30,12 +30,12 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from configs.errors import ConfigError
-from configs.schema import RunConfig, TrainConfig
+from configs.schema import TrainConfig
 from export.checkpoint import Checkpoint
 from train.blocks import MoE
 from train.model import Layer, load_tables, make_layer
 from train.plan import check_prefixes, is_frozen, learning_rate_factor
-from train.start import Start
+from train.start import Start, released
 
 __all__ = [
     "Partition",
@@ -151,10 +151,12 @@ def gathered(parameters: Sequence[Any], modifier_rank: int | None = None) -> Any
 
 def build_layer(
     target: Checkpoint,
-    begin: Start,
-    config: RunConfig,
+    train: TrainConfig,
     ds_config: dict[str, Any],
     weights: Path | None = None,
+    *,
+    begin: Start | None = None,
+    seed: int = 0,
 ) -> Layer:
     """Create the layer partitioned and fill it, one tensor at a time.
 
@@ -162,21 +164,22 @@ def build_layer(
 
     Args:
         target: the target checkpoint.
-        begin: the kind of draft and its first values.
-        config: the settings.
+        train: the settings.
         ds_config: from `deepspeed_config`.
         weights: directory of tensors to begin with instead of `begin`'s own.
+        begin: the kind of draft and its first values; by default the released layer.
+        seed: of a random start.
 
     Raises:
         InputError: as `train.model.load_layer`.
     """
-    train, dtype = config.trained, dtype_of(config.train)
+    begin, dtype = begin or released(target.config), dtype_of(train)
     # the dtype comes from the configuration; the argument of that name is ignored on CPU
     with deepspeed.zero.Init(config_dict_or_path=ds_config):
         layer = make_layer(target.config, begin.draft)
     first = dist.get_rank() == 0
     # only rank 0 reads; the partitions travel from there
-    tensors = begin.tensors(target, config.run.seed, weights, dtype=dtype) if first else None
+    tensors = begin.tensors(target, seed, weights, dtype=dtype) if first else None
     parameters, buffers = dict(layer.named_parameters()), dict(layer.named_buffers())
     check_prefixes(parameters, train)
     for op in begin.ops:
