@@ -147,6 +147,17 @@ def _serving(run: Path) -> str:
     return _table(["draft", "tokens a second", "ms a token", "acceptance length", "to the first"], rows)
 
 
+def _loops(run: Path) -> str:
+    """How much of the answers goes round in circles, by source, of each worker's dump."""
+    rows = [
+        [source, f"{share:.1%}"]
+        for path in sorted(run.glob(run_dir.DUMPS))
+        for source, share in (read_json(path).get("loop_share_by_source") or {}).items()
+        if share is not None
+    ]
+    return _table(["source", "tokens of answers in loops"], rows) if rows else ""
+
+
 def _stages(summary: dict[str, Any]) -> str:
     rows = [
         [n, f"{s['seconds']:.0f} s", f"{s['bytes'] / 2**20:,.1f} MiB"] for n, s in summary["stages"].items()
@@ -184,6 +195,7 @@ def _write(run: Path) -> Path:
     summary = read_json(run / run_dir.SUMMARY) if (run / run_dir.SUMMARY).exists() else None
     sections = [
         ("Acceptance", _acceptance(run)),
+        ("The target's answers", _loops(run)),
         (
             "Training",
             _curves(rows, "Loss", "loss", {"train/loss": "loss"})
