@@ -105,6 +105,14 @@ def test_plan_of_the_real_run_needs_neither_target_nor_prompts(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_plan_of_an_eagle3_dump_counts_every_state_and_refuses_layers_that_are_not_there(tmp_path):
+    real = Path(__file__).parent.parent / "configs/deepseek-v3.2-eagle3.toml"
+    settings = [f"run.dir={tmp_path}", f"target.path={tmp_path / 'absent'}"]
+    assert "57,344 of them states" in str(plan(load_config([real], settings)))
+    with pytest.raises(ConfigError, match="the last of the target's 61 layers is 60"):
+        plan(load_config([real], [*settings, "dump.aux_layers=[2, 61]"]))
+
+
 def test_blocks_are_a_pure_function_of_the_input(config):
     first = blocks(config, prompts_of(config))
     again = blocks(changed(config, dump__worker="2/3", dump__writer_threads=1), prompts_of(config))
