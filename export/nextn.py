@@ -21,12 +21,11 @@ from typing import Any, Literal
 import torch
 
 from configs import run_dir
-from configs.contract import require_trained_for, target_contract
+from configs.contract import norm_and_head_sha256, require_same, target_contract
 from configs.errors import ConfigError, InputError
 from configs.files import write_json
 from configs.progress import log, task
 from export import fp8
-from export.card import model_card
 from export.check import check, refuse_name
 from export.checkpoint import INDEX, Checkpoint, mtp_prefix
 from export.directory import copy_companions, require_free, save, weights_identity, write_once
@@ -99,7 +98,6 @@ class Plan:
     contract: dict[str, Any] | None
     draft: dict[str, Any] | None
     step: int | None
-    acceptance: float | None
     kept: dict[str, tuple[str, ...]] = field(default_factory=dict)
     links: tuple[str, ...] = ()
 
@@ -149,8 +147,7 @@ def _scheme(target: Checkpoint, quantization: Quantization) -> Literal["none", "
         raise InputError(
             f"{target.directory} is quantised as {config.get('quant_method')!r}"
             f" with weight_block_size {config.get('weight_block_size')!r}; only fp8 in blocks can be written",
-            'set export.quantization = "none" for a bfloat16 draft, which sglang serves beside any target;'
-            " where it is given --quantization, with --speculative-draft-model-quantization unquant",
+            'set export.quantization = "none" for a bfloat16 draft, which sglang serves beside any target',
         )
     return "fp8"
 
@@ -197,7 +194,7 @@ def prepare(
         )
     target_names = target.mtp_names()
     weights, said = _weights(Path(weights_dir).absolute(), target)
-    require_trained_for(said.get("contract"), target.directory, f"weights {weights.directory}")
+    _compare_contracts(weights, target, said)
     _check_layer(target, target_names, target)
     _check_layer(weights, weights.mtp_names(), target)
 
@@ -226,7 +223,6 @@ def prepare(
         contract=said.get("contract"),
         draft=said.get("draft"),
         step=said.get("step"),
-        acceptance=(said.get("metrics") or {}).get("acceptance_length"),
         kept=kept,
         links=links,
     )
@@ -303,6 +299,25 @@ def _rest(target: Checkpoint) -> tuple[dict[str, tuple[str, ...]], tuple[str, ..
             # a file of this name would be taken for the whole checkpoint
             kept["model-rest.safetensors" if file == "model.safetensors" else file] = rest
     return kept, tuple(links)
+
+
+def _compare_contracts(weights: Checkpoint, target: Checkpoint, said: dict[str, Any]) -> None:
+    """Check that the layer was trained for this target."""
+    trained = said.get("contract")
+    if trained is None:
+        return
+    what = f"weights {weights.directory} and target {target.directory}"
+    hint = "set target.path to the checkpoint whose states the layer was trained on"
+    here = {"target": target_contract(target.directory).model_dump(mode="json")}
+    require_same({"target": trained.get("target")}, here, what, hint=hint)
+    head = norm_and_head_sha256(target.directory)
+    if trained.get("norm_and_head_sha256") != head:
+        require_same(
+            {"norm_and_head_sha256": trained.get("norm_and_head_sha256")},
+            {"norm_and_head_sha256": head},
+            what,
+            hint=hint,
+        )
 
 
 def _identity(plan: Plan) -> dict[str, Any]:
@@ -467,7 +482,7 @@ def _write(plan: Plan, directory: Path) -> dict[str, Any]:
             f"fp8 {kind}: {e['tensors']} tensors, relative error {e['mean_relative_rms']:.4f}"
             f" (worst {e['worst_relative_rms']:.4f}), largest {e['max_abs']:.3g}",
         )
-    manifest = {
+    return {
         "kind": "nextn",
         "contract": plan.contract,
         "draft": plan.draft,
@@ -481,9 +496,6 @@ def _write(plan: Plan, directory: Path) -> dict[str, Any]:
         "fp8_errors": fp8_errors,
         "files": files,
     }
-    card = model_card(manifest, plan.acceptance, target.config)
-    (directory / "README.md").write_text(card, encoding="utf-8")
-    return manifest
 
 
 def _write_tensors(
