@@ -15,7 +15,7 @@ LAYER61 := $(BIN)/layer61
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo target dump-hidden-states train export-nextn evaluate verify serve bench-serve \
+.PHONY: help setup demo demo-eagle3 target dump-hidden-states train export-nextn evaluate verify serve bench-serve \
 	report test test-fast check \
 	bench-store bench-dump bench-moe bench-loss bench-train bench-checkpoint kernels-report clean
 
@@ -37,6 +37,9 @@ $(STAMP): $(LOCK) pyproject.toml
 demo: setup ## the whole pipeline on a laptop: target, dump, train, export, verify
 	$(LAYER61) demo configs/tiny.toml run.dir=runs/demo $(ARGS)
 
+demo-eagle3: setup ## the same with an EAGLE-3 draft from a random start, beside the target of `demo`
+	$(LAYER61) demo configs/tiny-eagle3.toml run.dir=runs/demo-eagle3 $(ARGS)
+
 target: setup ## build the tiny V3.2-shaped target of CONFIG
 	$(LAYER61) target $(CONFIG) $(ARGS)
 
@@ -57,6 +60,9 @@ verify: setup ## serve target and draft in vLLM and measure acceptance
 
 serve: setup ## vLLM's OpenAI server with the draft, acceptance shown live
 	$(LAYER61) serve $(CONFIG) 'run.dir="$(RUN)"' $(ARGS)
+
+bench-serve: setup ## speed over HTTP with and without drafts, at several concurrencies
+	$(LAYER61) bench-serve $(CONFIG) 'run.dir="$(RUN)"' $(ARGS)
 
 report: setup ## one self-contained HTML page about a run
 	$(LAYER61) report "$(RUN)"

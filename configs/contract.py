@@ -7,6 +7,7 @@ by field wherever two of them meet. The draft's is carried by checkpoints and ex
 import hashlib
 import json
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,9 +29,11 @@ __all__ = [
     "aux_layers",
     "norm_and_head_sha256",
     "require_same",
+    "require_trained_for",
     "split_draft",
     "store_contract",
     "target_contract",
+    "vocabulary",
 ]
 
 # the two tensors that turn a layer's output into a distribution
@@ -119,6 +122,12 @@ class Draft(Record):
 def aux_layers(contract: dict[str, Any]) -> list[int]:
     """Layers whose inputs a store of this contract holds, in the order in which it holds them."""
     return [s["layer"] for s in contract.get("states", ()) if s["site"] == "layer_input"]
+
+
+def vocabulary(ids: Sequence[int]) -> Vocabulary:
+    """Name a draft's tokens, ascending."""
+    data = b"".join(i.to_bytes(8, "little") for i in ids)
+    return Vocabulary(size=len(ids), sha256=hashlib.sha256(data).hexdigest())
 
 
 def store_contract(read: dict[str, Any]) -> dict[str, Any]:
@@ -266,3 +275,24 @@ def require_same(
     differing = [f"{n}: {a.get(n)!r}, not {b.get(n)!r}" for n in names if a.get(n) != b.get(n)]
     if differing:
         raise ContractError(f"{what} do not belong together: " + "; ".join(differing), hint)
+
+
+def require_trained_for(trained: dict[str, Any] | None, directory: Path, what: str) -> None:
+    """Check that weights whose store's contract is known were trained for a target.
+
+    Args:
+        trained: the contract; None where nothing is known.
+        directory: the target.
+        what: the weights in words.
+
+    Raises:
+        ContractError: they were trained for another one.
+    """
+    if trained is None:
+        return
+    what = f"{what} and target {directory}"
+    hint = "set target.path to the checkpoint whose states the layer was trained on"
+    here = {"target": target_contract(directory).model_dump(mode="json")}
+    require_same({"target": trained.get("target")}, here, what, hint=hint)
+    key = "norm_and_head_sha256"
+    require_same({key: trained.get(key)}, {key: norm_and_head_sha256(directory)}, what, hint=hint)

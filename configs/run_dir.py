@@ -48,6 +48,7 @@ from configs.files import check_size, read_json, sha256_json, verify_files, writ
 __all__ = [
     "BEST",
     "COMMIT",
+    "DUMPS",
     "EVALUATIONS",
     "EXPORT",
     "HELD_OUT",
@@ -97,6 +98,7 @@ METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 SETTINGS = "config.*.json"
 EVALUATIONS = "evaluate.*.json"
+DUMPS = "dump*.json"
 EXPORT = {"mtp": "nextn", "eagle3": "eagle3"}  # export: the draft, by kind
 VERIFICATION = "verify.json"
 VERIFY_WORK = "verify"

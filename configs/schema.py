@@ -13,6 +13,7 @@ from configs import run_dir
 from configs.errors import ConfigError
 
 __all__ = [
+    "MOST_DRAFTS",
     "OWNED",
     "DumpConfig",
     "Eagle3Config",
@@ -29,6 +30,8 @@ __all__ = [
     "VerifyConfig",
 ]
 
+# draft tokens a step, at most
+MOST_DRAFTS = 16
 FREE: dict[str, Any] = {"free": True}
 
 
@@ -36,15 +39,6 @@ class Section(BaseModel):
     """Base of every section: frozen, unknown keys refused, field docstrings kept as help."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_null(cls, given: Any) -> Any:
-        """TOML has no null: the word stands for it where nothing is the default."""
-        if not isinstance(given, dict):
-            return given
-        optional = {key for key, field in cls.model_fields.items() if field.default is None}
-        return {k: None if k in optional and v in ("null", "none") else v for k, v in given.items()}
 
 
 class RunSection(Section):
@@ -270,8 +264,8 @@ class Eagle3Config(Section):
 
 
 class EvaluateConfig(Section):
-    checkpoint: str = "best"
-    """`best`, `last`, `step_000200`, `released` (before training), or the path of a checkpoint or export."""
+    checkpoint: str = "last"
+    """`last`, `best`, `step_000200`, `released` (before training), or the path of a checkpoint or export."""
     num_speculative_tokens: int = Field(3, ge=1, le=16)
     """Draft tokens a step."""
     max_documents: int | None = Field(None, ge=1)
@@ -282,7 +276,7 @@ class ExportConfig(Section):
     dir: Path | None = None
     """Directory to write; by default `nextn` in the run directory, `eagle3` for such a draft."""
     checkpoint: str = "best"
-    """`best`, `last`, `step_000200`, `released` (before training), or the path of a checkpoint or export."""
+    """`best`, `last`, `step_000200`, `released`, or the path of a checkpoint."""
     layout: Literal["nextn", "sglang-legacy", "stitched"] = "nextn"
     """`nextn`: layer-61 names, both servers; `sglang-legacy`: layers.0; `stitched`: target plus draft."""
     quantization: Literal["auto", "none", "fp8"] = "auto"
@@ -294,16 +288,16 @@ class ExportConfig(Section):
 
 
 class VerifyConfig(Section):
-    checkpoint: str = "best"
-    """Which one the export must be of, named as in `export.checkpoint`; another one is not served."""
-    num_speculative_tokens: int = Field(3, ge=1, le=16)
+    num_speculative_tokens: int = Field(3, ge=1, le=MOST_DRAFTS)
     """Draft tokens a step."""
     max_conversations: int | None = Field(None, ge=1)
     """Held-out conversations to serve; all by default."""
     max_tokens: int = Field(256, ge=2)
     """Most tokens of one answer."""
-    compare_released: bool = True
-    """Also serve the released MTP layer and plain greedy decoding."""
+    drafts: tuple[str, ...] = Field(("released", "trained"), min_length=1)
+    """What to compare: `released` (the target's own layer), `trained` (the export), directories of drafts."""
+    temperature: float = Field(1.0, ge=0)
+    """Measured as well, beside temperature 0; with 0 that is all."""
     vllm: dict[str, Any] = Field(default_factory=dict)
     """Passed to vLLM's engine untouched."""
 
@@ -311,7 +305,7 @@ class VerifyConfig(Section):
 class ServeConfig(Section):
     draft: str = "trained"
     """`trained` (the export), `released` (the target's own layer), `none`, or the directory of a draft."""
-    num_speculative_tokens: int = Field(3, ge=1, le=16)
+    num_speculative_tokens: int = Field(3, ge=1, le=MOST_DRAFTS)
     """Draft tokens a step."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 is every one of this machine."""
@@ -399,6 +393,8 @@ class RunConfig(Section):
                     f"dump.vllm.{name}: an engine of a dump cannot be data-parallel; give it GPUs with"
                     " dump.tensor_parallel_size, and start several with dump.worker or dump.ray"
                 )
+            if self.export.draft_vocab_size is not None:
+                raise ValueError("export.draft_vocab_size is set, but an MTP draft has the target's head")
         for table, owned in OWNED.items():
             section, key = table.split(".")
             value = getattr(getattr(self, section), key)
@@ -421,6 +417,13 @@ class RunConfig(Section):
         if self.target.path is None:
             raise ConfigError("target.path is not set", "set it to the directory of the target checkpoint")
         return self.target.path
+
+    @property
+    def trained(self) -> TrainConfig:
+        """`[train]` with what the kind of draft freezes as well: rows of the target's head."""
+        if self.train.draft == "mtp" or self.eagle3.head == "trained" or not self.eagle3.draft_vocab_size:
+            return self.train
+        return self.train.model_copy(update={"freeze": (*self.train.freeze, "own_head.")})
 
     @property
     def store_path(self) -> str:

@@ -6,21 +6,31 @@ Faithful to vLLM 0.32.0 (`get_spec_layer_idx_from_weight_name` in `model_executo
 
               layer number                   quantisation
     vLLM      the target's                   the target's
-    sglang    the draft's; 0 if it has one   the draft's
+    sglang    the draft's; 0 if it has one   the draft's; with an explicit `--quantization`, that one
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from configs.eagle3 import ARCHITECTURE, IDS, recognise
 from configs.errors import ConfigError, InputError
 from export import fp8
 from export.checkpoint import Checkpoint, mtp_prefix
-from export.keymap import DROPPED, is_quantized, layer_shapes
+from export.keymap import DROPPED, eagle3_keymap, is_quantized, layer_shapes
 
-__all__ = ["check", "refuse_name", "sglang_parameter", "vllm_parameter"]
+__all__ = [
+    "check",
+    "check_eagle3",
+    "map_problem",
+    "refuse_layers",
+    "refuse_name",
+    "sglang_parameter",
+    "vllm_parameter",
+]
 
 # vLLM picks the speculative method by these words anywhere in the draft's path, whatever the method asked for
 FORBIDDEN = ("eagle", "dflash", "dspark")
@@ -35,6 +45,39 @@ FUSED = {
     "up_proj": ("gate_up_proj", 1),
 }
 EXPERT = {"gate_proj": ("w13", "w1"), "up_proj": ("w13", "w3"), "down_proj": ("w2", "w2")}
+
+
+def refuse_layers(ids: Sequence[int]) -> None:
+    """Refuse layer inputs that one server would take from other layers.
+
+    Raises:
+        ConfigError: they begin with layer 1.
+    """
+    if list(ids[:1]) == [1]:
+        raise ConfigError(
+            f"an EAGLE-3 draft of the inputs of layers {list(ids)} would be served wrongly: sglang adds 1 to"
+            " all of them where the first is 1",
+            "dump with dump.aux_layers from 2 on",
+        )
+
+
+def map_problem(d2t_N: Tensor, t2d_V: Tensor | None, vocab_size: int) -> str | None:
+    """What is wrong with the vocabulary maps of a pruned draft, None if nothing is.
+
+    Args:
+        d2t_N: int64 [N], target id less draft id.
+        t2d_V: bool [V], True where the target's token is the draft's; not every export has it.
+        vocab_size: tokens of the target.
+    """
+    keep_N = d2t_N + torch.arange(len(d2t_N))
+    if not (keep_N.diff() > 0).all() or keep_N[0] < 0 or keep_N[-1] >= vocab_size:
+        return (
+            f"d2t does not hold offsets: target ids from {int(keep_N.min())} to {int(keep_N.max())}, expected"
+            f" ascending ones below {vocab_size}"
+        )
+    if t2d_V is not None and not torch.equal(t2d_V.bool().nonzero().flatten(), keep_N):
+        return "t2d and d2t keep different tokens"
+    return None
 
 
 def refuse_name(path: Path | str, key: str = "export.dir") -> None:
@@ -180,3 +223,68 @@ def check(directory: Path | str, target_dir: Path | str) -> dict[str, list[str]]
         if not config.config.get("architectures"):
             raise InputError(f"{config.directory}/config.json names no architectures")
     return problems
+
+
+# what the configuration of a draft must not say, and whom it would mislead
+MISLEADING = {
+    "num_nextn_predict_layers": "sglang takes it for the number of draft layers",
+    "norm_before_residual": "vLLM reads it and sglang does not",
+    "quantization_config": "sglang expects a draft without",
+    "index_topk": "the draft's attention is dense",
+}
+
+
+def check_eagle3(directory: Path | str, target_dir: Path | str) -> dict[str, list[str]]:
+    """As `check`, of an EAGLE-3 draft: no server notices a missing tensor, and vLLM refuses a surplus one.
+
+    Faithful to vLLM 0.32.0 (`config/speculative.py`, `models/deepseek_eagle3.py`) and sglang 0.5.23
+    (`srt/models/kimi_k25_eagle3.py`, `srt/speculative/spec_aux_hidden_state.py`).
+
+    Raises:
+        InputError: one of the directories is no checkpoint, or the draft is one of another target.
+    """
+    target, draft = Checkpoint(target_dir), Checkpoint(directory)
+    said = draft.config
+    config = recognise(directory, target.config)
+    if config is None:
+        raise InputError(f"{directory} is not an EAGLE-3 draft", "see architectures in its config.json")
+    both: list[str] = []
+    shapes = {op.checkpoint[0]: op.shape for op in eagle3_keymap(config)}
+    if missing := sorted(shapes.keys() - set(draft.names)):
+        both.append(f"{len(missing)} tensors missing: {', '.join(missing[:3])}")
+    if surplus := sorted(set(draft.names) - shapes.keys()):
+        both.append(f"tensors that the model does not have: {', '.join(surplus[:3])}")
+    both += [
+        f"{name} has shape {draft.shape(name)}, the configuration says {shape}"
+        for name, shape in shapes.items()
+        if name in draft and draft.shape(name) != shape
+    ]
+    wanted = {"d2t": torch.int64, "t2d": torch.bool}
+    both += [
+        f"{name} is {draft.dtype(name)}, not {wanted.get(name, torch.bfloat16)}"
+        for name in shapes
+        if name in draft and draft.dtype(name) != wanted.get(name, torch.bfloat16)
+    ]
+    if "d2t" in draft and "t2d" in draft and not both:
+        problem = map_problem(draft.get("d2t"), draft.get("t2d"), target.config["vocab_size"])
+        both += [problem] if problem else []
+    for key, why in MISLEADING.items():
+        if said.get(key):
+            both.append(f"config.json has {key}: {why}")
+    vllm, sglang = [*both], [*both]
+    if said.get("model_type") != "deepseek_v2":
+        vllm.append(f"model_type is {said.get('model_type')!r}: vLLM would take the draft for an MTP layer")
+    if said.get("architectures") != [ARCHITECTURE]:
+        sglang.append(f"architectures is {said.get('architectures')}, not [{ARCHITECTURE!r}]")
+    top, nested = said.get(IDS), (said.get("eagle_config") or {}).get(IDS)
+    if top is None:
+        vllm.append(f"config.json has no {IDS} of its own, where vLLM reads it")
+    if nested != top:
+        sglang.append(f"eagle_config.{IDS} is {nested}, not {top}")
+    if config[IDS][0] == 1:
+        sglang.append(f"{IDS} begins with 1, so sglang adds 1 to all of them")
+    if said.get("num_hidden_layers") != 1 or said.get("tie_word_embeddings"):
+        sglang.append("num_hidden_layers must be 1 and tie_word_embeddings false")
+    if said.get("n_routed_experts") != 0:
+        vllm.append("n_routed_experts is not 0: vLLM would take the draft for a mixture")
+    return {"vllm": vllm, "sglang": sglang}

@@ -8,12 +8,12 @@ from configs import run_dir
 from configs.errors import InputError
 from configs.schema import RunConfig
 from configs.target import target_config
-from export import fp8
+from export import eagle3, fp8
 from export.check import refuse_name
 from export.keymap import DROPPED, is_quantized, layer_shapes
 from export.nextn import Entry, check_place, export, prepare
 
-__all__ = ["plan", "ready", "run"]
+__all__ = ["plan", "run"]
 
 
 def _arguments(config: RunConfig, *, verify: bool) -> dict[str, Any]:
@@ -33,8 +33,10 @@ def plan(config: RunConfig) -> str:
     Raises:
         ConfigError, InputError: as `prepare`.
     """
-    refuse_name(config.export_dir)
     target = config.require_target()
+    if config.train.draft == "eagle3":
+        return f"an EAGLE-3 draft, to {config.export_dir.absolute()}"
+    refuse_name(config.export_dir)
     if target.exists():
         try:
             planned = prepare(**_arguments(config, verify=False))
@@ -65,11 +67,21 @@ def plan(config: RunConfig) -> str:
     )
 
 
-def ready(config: RunConfig) -> None:
-    """Raises what `run` would: there is no such checkpoint."""
-    run_dir.find_weights(config.run.dir, config.export.checkpoint, config.require_target(), verify=False)
+def run(config: RunConfig, keep: eagle3.Keep | None = None) -> dict[str, Any]:
+    """`layer61 export`: write the draft directory and return its manifest.
 
-
-def run(config: RunConfig) -> dict[str, Any]:
-    """`layer61 export`: write the draft directory and return its manifest."""
+    Args:
+        config: the settings.
+        keep: gives the ids of so many tokens, for `export.draft_vocab_size`.
+    """
+    target = config.require_target()
+    if config.train.draft == "eagle3":
+        return eagle3.export(
+            run_dir.find_weights(config.run.dir, config.export.checkpoint, target),
+            target,
+            config.export_dir,
+            draft_vocab_size=config.export.draft_vocab_size,
+            keep=keep,
+            replace=config.export.replace,
+        )
     return export(**_arguments(config, verify=True), replace=config.export.replace)

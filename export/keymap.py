@@ -28,6 +28,7 @@ __all__ = [
     "Rename",
     "Stack",
     "account",
+    "draft_keymap",
     "eagle3_keymap",
     "is_quantized",
     "keymap",
@@ -216,6 +217,11 @@ def eagle3_keymap(config: Mapping[str, Any]) -> tuple[Op, ...]:
     return tuple(ops)
 
 
+def draft_keymap(target: Mapping[str, Any], draft: Mapping[str, Any] | None) -> tuple[Op, ...]:
+    """The key map of an EAGLE-3 draft by its own config.json; of the target's MTP layer for None."""
+    return keymap(target) if draft is None else eagle3_keymap(draft)
+
+
 def is_quantized(name: str) -> bool:
     """Whether a released fp8 checkpoint stores this tensor of the layer in float8 (full or short name)."""
     return name.endswith(QUANTIZED)
@@ -275,11 +281,14 @@ def account(
         for word, names in (("missing", missing), ("unexpected", surplus), ("repeated", repeated))
         if names
     ]
-    raise InputError(f"{what} does not hold exactly the tensors of one MTP layer; {'; '.join(parts)}")
+    raise InputError(f"{what} does not hold exactly the tensors of one draft; {'; '.join(parts)}")
 
 
 def to_training(
-    ops: Iterable[Op], names: Iterable[str], get: Callable[[str], torch.Tensor]
+    ops: Iterable[Op],
+    names: Iterable[str],
+    get: Callable[[str], torch.Tensor],
+    what: str = "the checkpoint",
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the module's tensors by name, each checkpoint tensor read once.
 
@@ -287,6 +296,7 @@ def to_training(
         ops: from `keymap`.
         names: checkpoint names of the layer, scales left out; copies of embedding and head may be among them.
         get: reads one checkpoint tensor.
+        what: the thing at hand in words.
 
     Raises:
         InputError: a name is missing, unexpected or repeated, or a tensor has another shape than expected.
@@ -294,7 +304,7 @@ def to_training(
     ops = tuple(ops)
     prefix = ops[0].checkpoint[0].removesuffix(ops[0].training)
     expected = [name for op in ops for name in op.checkpoint]
-    account(names, expected, "the checkpoint", optional=[prefix + name for name in DROPPED])
+    account(names, expected, what, optional=[prefix + name for name in DROPPED])
 
     def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         tensor = get(name)

@@ -21,11 +21,12 @@ from typing import Any, Literal
 import torch
 
 from configs import run_dir
-from configs.contract import norm_and_head_sha256, require_same, target_contract
+from configs.contract import require_trained_for, target_contract
 from configs.errors import ConfigError, InputError
 from configs.files import write_json
 from configs.progress import log, task
 from export import fp8
+from export.card import model_card
 from export.check import check, refuse_name
 from export.checkpoint import INDEX, Checkpoint, mtp_prefix
 from export.directory import copy_companions, require_free, save, weights_identity, write_once
@@ -98,6 +99,7 @@ class Plan:
     contract: dict[str, Any] | None
     draft: dict[str, Any] | None
     step: int | None
+    acceptance: float | None
     kept: dict[str, tuple[str, ...]] = field(default_factory=dict)
     links: tuple[str, ...] = ()
 
@@ -147,7 +149,8 @@ def _scheme(target: Checkpoint, quantization: Quantization) -> Literal["none", "
         raise InputError(
             f"{target.directory} is quantised as {config.get('quant_method')!r}"
             f" with weight_block_size {config.get('weight_block_size')!r}; only fp8 in blocks can be written",
-            'set export.quantization = "none" for a bfloat16 draft, which sglang serves beside any target',
+            'set export.quantization = "none" for a bfloat16 draft, which sglang serves beside any target;'
+            " where it is given --quantization, with --speculative-draft-model-quantization unquant",
         )
     return "fp8"
 
@@ -194,7 +197,7 @@ def prepare(
         )
     target_names = target.mtp_names()
     weights, said = _weights(Path(weights_dir).absolute(), target)
-    _compare_contracts(weights, target, said)
+    require_trained_for(said.get("contract"), target.directory, f"weights {weights.directory}")
     _check_layer(target, target_names, target)
     _check_layer(weights, weights.mtp_names(), target)
 
@@ -223,6 +226,7 @@ def prepare(
         contract=said.get("contract"),
         draft=said.get("draft"),
         step=said.get("step"),
+        acceptance=(said.get("metrics") or {}).get("acceptance_length"),
         kept=kept,
         links=links,
     )
@@ -299,25 +303,6 @@ def _rest(target: Checkpoint) -> tuple[dict[str, tuple[str, ...]], tuple[str, ..
             # a file of this name would be taken for the whole checkpoint
             kept["model-rest.safetensors" if file == "model.safetensors" else file] = rest
     return kept, tuple(links)
-
-
-def _compare_contracts(weights: Checkpoint, target: Checkpoint, said: dict[str, Any]) -> None:
-    """Check that the layer was trained for this target."""
-    trained = said.get("contract")
-    if trained is None:
-        return
-    what = f"weights {weights.directory} and target {target.directory}"
-    hint = "set target.path to the checkpoint whose states the layer was trained on"
-    here = {"target": target_contract(target.directory).model_dump(mode="json")}
-    require_same({"target": trained.get("target")}, here, what, hint=hint)
-    head = norm_and_head_sha256(target.directory)
-    if trained.get("norm_and_head_sha256") != head:
-        require_same(
-            {"norm_and_head_sha256": trained.get("norm_and_head_sha256")},
-            {"norm_and_head_sha256": head},
-            what,
-            hint=hint,
-        )
 
 
 def _identity(plan: Plan) -> dict[str, Any]:
@@ -482,7 +467,7 @@ def _write(plan: Plan, directory: Path) -> dict[str, Any]:
             f"fp8 {kind}: {e['tensors']} tensors, relative error {e['mean_relative_rms']:.4f}"
             f" (worst {e['worst_relative_rms']:.4f}), largest {e['max_abs']:.3g}",
         )
-    return {
+    manifest = {
         "kind": "nextn",
         "contract": plan.contract,
         "draft": plan.draft,
@@ -496,6 +481,9 @@ def _write(plan: Plan, directory: Path) -> dict[str, Any]:
         "fp8_errors": fp8_errors,
         "files": files,
     }
+    card = model_card(manifest, plan.acceptance, target.config)
+    (directory / "README.md").write_text(card, encoding="utf-8")
+    return manifest
 
 
 def _write_tensors(

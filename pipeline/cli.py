@@ -2,16 +2,16 @@
 
 import argparse
 import errno
-import io
 import json
 import os
+import signal
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from configs import run_dir
 from configs.errors import ConfigError, InputError, Layer61Error, StoreError
@@ -20,11 +20,19 @@ from configs.lock import hold
 from configs.progress import console, log
 from configs.schema import RunConfig
 from configs.target import target_config
-from pipeline.brief import brief
 
-__all__ = ["run"]
+__all__ = ["main"]
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# errors of the user's disk or path
+DISK_ERRORS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.ENOTDIR,
+    errno.EEXIST,
+)
 EXIT_CODES = (
     "exit codes: 0 done, 1 failed, 2 bad configuration or usage, 3 input does not match, 130/143 interrupted"
 )
@@ -47,6 +55,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message, f"{self.prog} --help explains")
+
+
+class Interrupted(BaseException):
+    """A termination signal; carries its number to the exit code."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
 
 def _say(stage: str, lines: str) -> None:
@@ -73,23 +88,13 @@ def _stage(
     sections: Sequence[str],
     plan: Callable[[RunConfig], Any],
     run: Callable[[RunConfig], Any],
-    ready: Callable[[RunConfig], Any] = lambda config: None,
 ) -> int:
-    """Say what will be done, keep the settings in the run directory, do it, say what came of it.
-
-    A dry run ends with the error that the run would end with: what `ready` raises, or what the plan says is
-    missing.
-    """
+    """Say what will be done, keep the settings in the run directory, do it, print the result as JSON."""
     config = load_config(args.config, args.overrides)
-    freeze(config, args.verb, sections, write=False)
-    planned = plan(config)
-    _say(args.verb, str(planned))
-    target_config(config.require_target())
+    _say(args.verb, str(plan(config)))
     if args.dry_run:
-        if missing := getattr(planned, "missing", ""):
-            raise InputError(missing, "the run would stop here")
-        ready(config)
         return 0
+    target_config(config.require_target())
     started = time.monotonic()
     with _alone(config, args.verb):
         first = not run_dir.settings(config.run.dir, args.verb).exists()
@@ -102,9 +107,7 @@ def _stage(
                 kept.unlink(missing_ok=True)
             raise
     if result is not None:
-        text = json.dumps(result, indent=2, default=str) if args.json else brief(args.verb, result)
-        if text:
-            print(text, flush=True)  # noqa: T201 - results go to stdout
+        print(json.dumps(result, indent=2, default=str))  # noqa: T201 - data goes to stdout
     log(args.verb, f"done in {time.monotonic() - started:.0f} s")
     return 0
 
@@ -125,33 +128,42 @@ def _dump(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     from train import launch
-    from train.batch import open_split
 
-    return _stage(args, ("target", "train"), launch.plan, launch.run, open_split)
+    return _stage(args, ("target", "train", "eagle3"), launch.plan, launch.run)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
     from train import evaluate
 
-    return _stage(args, ("target",), evaluate.plan, evaluate.run, evaluate.ready)
+    return _stage(args, ("target",), evaluate.plan, evaluate.run)
 
 
 def _export(args: argparse.Namespace) -> int:
     from export import draft
+    from train import vocabulary
 
-    return _stage(args, ("target",), draft.plan, draft.run, draft.ready)
+    def run(config: RunConfig) -> dict[str, Any]:
+        return draft.run(config, lambda size: vocabulary.choose(config, size))
+
+    return _stage(args, ("target",), draft.plan, run)
 
 
 def _verify(args: argparse.Namespace) -> int:
     from pipeline import verify
 
-    return _stage(args, ("target", "prompts"), verify.plan, verify.run, verify.ready)
+    return _stage(args, ("target", "prompts"), verify.plan, verify.run)
 
 
 def _serve(args: argparse.Namespace) -> int:
     from pipeline import serve
 
     return _stage(args, ("target",), serve.plan, serve.run)
+
+
+def _bench_serve(args: argparse.Namespace) -> int:
+    from pipeline import bench_serve
+
+    return _stage(args, ("target", "prompts"), bench_serve.plan, bench_serve.run)
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -187,8 +199,7 @@ def _store(args: argparse.Namespace) -> int:
         if not (args.tokenizer / "tokenizer.json").is_file():
             raise InputError(f"{args.tokenizer} has no tokenizer.json", "name the directory of the target")
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    found = featurestore.show(args.store, args.document, tokenizer)
-    console_out(featurestore.render_show(found, brackets=not sys.stdout.isatty()))
+    console_out(featurestore.render_show(featurestore.show(args.store, args.document, tokenizer)))
     return 0
 
 
@@ -202,14 +213,19 @@ def console_out(thing: Any) -> None:
 
 VERBS: dict[str, tuple[Callable[[argparse.Namespace], int], str, tuple[str, ...]]] = {
     "dump": (_dump, "stage one: conversations to stored hidden states", ("run", "target", "prompts", "dump")),
-    "train": (_train, "stage two: train layer 61 from the store", ("run", "target", "train")),
+    "train": (_train, "stage two: train a draft from the store", ("run", "target", "train", "eagle3")),
     "evaluate": (_evaluate, "offline acceptance of a checkpoint", ("run", "target", "train", "evaluate")),
-    "export": (_export, "write the NextN directory", ("run", "target", "export")),
+    "export": (_export, "write the directory that servers load", ("run", "target", "export")),
     "verify": (_verify, "serve target and draft in vLLM, measure acceptance", ("run", "target", "verify")),
     "serve": (
         _serve,
         "vLLM's OpenAI server with the draft, acceptance shown live",
         ("run", "target", "serve"),
+    ),
+    "bench-serve": (
+        _bench_serve,
+        "speed over HTTP with and without drafts, at several concurrencies",
+        ("run", "target", "prompts", "serve"),
     ),
     "demo": (_demo, "every stage with the tiny target, and a table at the end", ("run", "tiny")),
 }
@@ -244,7 +260,6 @@ def _parser() -> Parser:
         verb.add_argument(
             "--dry-run", action="store_true", help="say what would be done, with sizes, and stop"
         )
-        verb.add_argument("--json", action="store_true", help="print the whole result as JSON")
 
     verb = add("target", "build and train the tiny V3.2-shaped target", ("run", "target", "tiny"))
     verb.add_argument("arguments", nargs="*", metavar="DIR, CONFIG or section.key=value")
@@ -289,19 +304,19 @@ def _split(args: argparse.Namespace) -> None:
             args.config.append(text)
 
 
-def _plain(stream: TextIO) -> None:
-    """Write what the terminal's encoding lacks as an escape instead of failing."""
-    if isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(errors="backslashreplace")
+def _interrupt(number: int, _frame: Any) -> NoReturn:
+    raise Interrupted(number)
 
 
-def run(words: list[str]) -> int:
-    """Run one verb and return its exit code; errors are one message, with what to do next."""
-    _plain(sys.stdout)
-    _plain(sys.stderr)
-    verb = words[0] if words and words[0] in (*VERBS, "target") else "VERB"
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code."""
+    # read when OpenMP is loaded, here and in child processes: threads that wait in a busy loop slow all down
+    # tenfold where something else wants a core
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
-        if verb != "VERB":
+        words = list(sys.argv[1:] if argv is None else argv)
+        if words and words[0] in (*VERBS, "target"):
             # argparse takes options between positional arguments only here
             words = [words[0], *sorted(words[1:], key=lambda word: not word.startswith("-"))]
         args = _parser().parse_args(words)
@@ -311,17 +326,21 @@ def run(words: list[str]) -> int:
     except Layer61Error as error:
         console.print(f"error: {error.message}", markup=False, style="red")
         if error.hint:
-            console.print(f"hint: {error.hint.replace('layer61 VERB', f'layer61 {verb}')}", markup=False)
+            console.print(f"hint: {error.hint}", markup=False)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        console.print(f"error: {error.filename}: {error.strerror}", markup=False, style="red")
+        console.print("hint: check the path, its permissions and the free space", markup=False)
+        return 1
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command continues from what is saved")
+        return 128 + signal.SIGINT
+    except Interrupted as signalled:
+        console.print("terminated; the same command continues from what is saved")
+        return 128 + signalled.number
     except BrokenPipeError:
         # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        if error.filename is None and error.errno not in DISK_FULL:
-            raise
-        place = error.filename or "the disk"
-        hint = "make room" if error.errno in DISK_FULL else "check the path and its permissions"
-        console.print(f"error: {place}: {error.strerror}", markup=False, style="red")
-        console.print(f"hint: {hint}, then start again", markup=False)
         return 1

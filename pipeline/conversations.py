@@ -457,6 +457,7 @@ def _check_order(messages: Sequence[dict[str, Any]]) -> None:
     before = None
     for i, message in enumerate(messages, 1):
         role = message["role"]
+        expected: tuple[str, ...]
         if calls:
             expected = ("tool",) if results < calls else ("assistant",)
         elif before in ("user", "developer"):

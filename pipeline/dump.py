@@ -70,7 +70,9 @@ class DumpPlan:
 
     def __str__(self) -> str:
         view = "" if self.view == "native" else ", through a V3 view of the target"
-        each = f"{self.bytes_per_token:,} bytes a token{view}, into {self.store}"
+        # beside the states, an id of four bytes and a mask of one
+        states = self.bytes_per_token - 5
+        each = f"{self.bytes_per_token:,} bytes a token{view}, {states:,} of them states, into {self.store}"
         if self.documents is None:
             size = _size(self.bytes_per_token * 10**6)
             return f"{each}\n{self.missing}; a million tokens take {size}"

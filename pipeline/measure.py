@@ -3,16 +3,19 @@
 import contextlib
 import multiprocessing
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from configs.errors import Layer61Error
 from configs.progress import log, task
 from pipeline import child
 from pipeline.greedy import divergences, noise
 
-__all__ = ["measure"]
+__all__ = ["measure", "read_logits", "save_logits"]
 
 # largest logits kept of a token; the most that vLLM returns by default
 KEPT_LOGITS = 20
@@ -30,12 +33,14 @@ def measure(name: str, job: dict[str, Any]) -> dict[str, Any]:
     Args:
         name: for messages.
         job: `engine` (arguments of vLLM's LLM), `prompts` (token ids), `max_tokens` of each answer,
-            `stop_token_ids`, `log` (file of the engine's output), `keep_logits` (judge `others`, the outputs
-            of other engines by name, and measure the noise; the engine must return raw logits).
+            `stop_token_ids`, `log` (file of the engine's output), `temperature` (where it is not 0, answer
+            all prompts again with it), `logits` (None, or the file that keeps the target's logits and makes
+            the engine measure its noise; the engine must return raw logits).
 
     Returns:
-        `start_seconds`, `seconds`, `dtype`, `outputs` (token ids of each answer); with speculation
-        `num_drafts` and `num_accepted_per_position`; with `keep_logits` what `_judge` returns.
+        `start_seconds`, `dtype`; of the greedy answers `seconds`, `outputs` (token ids of each answer) and
+        with speculation `num_drafts` and `num_accepted_per_position`; `sampled`: the same at `temperature`;
+        with `logits` the `noise`, as `greedy.noise`.
 
     Raises:
         Layer61Error: the engine failed; names its log.
@@ -47,7 +52,8 @@ def measure(name: str, job: dict[str, Any]) -> dict[str, Any]:
     process = child.start(_answer, (job, theirs), f"layer61-{name}", environment)
     theirs.close()
     try:
-        with task(f"verify: {name}", len(job["prompts"])) as progress, contextlib.suppress(EOFError):
+        rounds = 2 if job["temperature"] else 1
+        with task(f"verify: {name}", rounds * len(job["prompts"])) as progress, contextlib.suppress(EOFError):
             while result is None:
                 kind, value = ours.recv()
                 if kind == "progress":
@@ -74,7 +80,6 @@ def _answer(job: dict[str, Any], connection: Connection) -> None:
     from tqdm.auto import tqdm
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
-    from vllm.v1.metrics.reader import Counter, Vector
 
     class Report(tqdm):
         """Sends the number of finished requests instead of drawing a bar."""
@@ -86,36 +91,59 @@ def _answer(job: dict[str, Any], connection: Connection) -> None:
 
     started = time.monotonic()
     llm = LLM(**job["engine"])
-    ready = time.monotonic()
-    sampling = [
-        SamplingParams(
-            temperature=0,
-            max_tokens=max_tokens,
-            stop_token_ids=job["stop_token_ids"],
-            detokenize=False,
-            logprobs=KEPT_LOGITS if job["keep_logits"] else None,
-        )
-        for max_tokens in job["max_tokens"]
-    ]
     prompts = [TokensPrompt(prompt_token_ids=ids) for ids in job["prompts"]]
-    outputs = llm.generate(prompts, sampling, use_tqdm=Report)
-    result: dict[str, Any] = {
-        "start_seconds": round(ready - started, 2),
-        "seconds": round(time.monotonic() - ready, 2),
-        "dtype": str(llm.llm_engine.model_config.dtype).removeprefix("torch."),
-        "outputs": [list(o.outputs[0].token_ids) for o in outputs],
-    }
-    if job["keep_logits"]:
-        written = [[_logits(step) for step in o.outputs[0].logprobs or []] for o in outputs]
-        result |= _judge(llm, job, result["outputs"], written)
-    for metric in llm.get_metrics():
-        if metric.name == DRAFTS and isinstance(metric, Counter):
-            result["num_drafts"] = result.get("num_drafts", 0) + metric.value
-        if metric.name == ACCEPTED and isinstance(metric, Vector):
-            so_far = result.get("num_accepted_per_position", [0] * len(metric.values))
-            result["num_accepted_per_position"] = [a + b for a, b in zip(so_far, metric.values, strict=True)]
+
+    def generate(temperature: float) -> tuple[dict[str, Any], list[Any]]:
+        sampling = [
+            SamplingParams(
+                temperature=temperature,
+                # of its own, so that another run draws the same but for rounding
+                seed=number if temperature else None,
+                max_tokens=max_tokens,
+                stop_token_ids=job["stop_token_ids"],
+                detokenize=False,
+                logprobs=KEPT_LOGITS if job["logits"] else None,
+            )
+            for number, max_tokens in enumerate(job["max_tokens"])
+        ]
+        before, began = _counters(llm), time.monotonic()
+        answers = [output.outputs[0] for output in llm.generate(prompts, sampling, use_tqdm=Report)]
+        result: dict[str, Any] = {
+            "seconds": round(time.monotonic() - began, 2),
+            "outputs": [list(answer.token_ids) for answer in answers],
+        }
+        if after := _counters(llm):
+            drafts, *accepted = (b - a for a, b in zip(before, after, strict=True))
+            result |= {"num_drafts": drafts, "num_accepted_per_position": accepted}
+        return result, answers
+
+    start_seconds = round(time.monotonic() - started, 2)
+    result, answers = generate(0)
+    result["start_seconds"] = start_seconds
+    result["dtype"] = str(llm.llm_engine.model_config.dtype).removeprefix("torch.")
+    if job["logits"]:
+        written = [[_logits(step) for step in answer.logprobs or []] for answer in answers]
+        save_logits(Path(job["logits"]), [step for steps in written for step in steps])
+        result["noise"] = _noise(llm, job["prompts"], result["outputs"], written)
+    if job["temperature"]:
+        result["sampled"] = generate(job["temperature"])[0]
     connection.send(("result", result))
     connection.close()
+
+
+def _counters(llm: Any) -> list[int]:
+    """Drafts so far and accepted tokens by position; empty without speculation."""
+    from vllm.v1.metrics.reader import Counter, Vector
+
+    drafts, accepted = 0, list[int]()
+    for metric in llm.get_metrics():
+        if metric.name == DRAFTS and isinstance(metric, Counter):
+            drafts += metric.value
+        if metric.name == ACCEPTED and isinstance(metric, Vector):
+            accepted = [
+                a + b for a, b in zip(accepted or [0] * len(metric.values), metric.values, strict=True)
+            ]
+    return [drafts, *accepted] if accepted else []
 
 
 def _logits(step: Any) -> dict[int, float]:
@@ -123,28 +151,53 @@ def _logits(step: Any) -> dict[int, float]:
     return {token: entry.logprob for token, entry in step.items()}
 
 
-def _judge(
-    llm: Any, job: dict[str, Any], outputs: list[list[int]], written: list[list[dict[int, float]]]
+def _noise(
+    llm: Any, prompts: list[list[int]], outputs: list[list[int]], written: list[list[dict[int, float]]]
 ) -> dict[str, Any]:
-    """The target's logits where other outputs diverge from its own, and its noise.
-
-    Returns:
-        `logits`: a list of request, position and logits by token id; `noise`: as `greedy.noise`.
-    """
+    """The target's own rounding, from the first requests, each read in one pass."""
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
-    diverged = {(d.request, d.position) for o in job["others"].values() for d in divergences(outputs, o)}
-    requests = dict.fromkeys(request for request, _ in sorted(diverged))
-    requests |= dict.fromkeys(range(len(outputs)))
-    chosen = list(requests)[:READ_AGAIN]
     sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=KEPT_LOGITS, detokenize=False)
-    texts = [TokensPrompt(prompt_token_ids=job["prompts"][r] + outputs[r][:-1]) for r in chosen]
+    chosen = range(min(READ_AGAIN, len(outputs)))
+    texts = [TokensPrompt(prompt_token_ids=prompts[r] + outputs[r][:-1]) for r in chosen]
     pairs = []
     for request, text in zip(chosen, llm.generate(texts, sampling, use_tqdm=False), strict=True):
-        read = text.prompt_logprobs[len(job["prompts"][request]) :]
+        read = text.prompt_logprobs[len(prompts[request]) :]
         pairs += [(w, _logits(step)) for w, step in zip(written[request], read, strict=False)]
+    return noise(pairs)
+
+
+def save_logits(path: Path, steps: list[dict[int, float]]) -> None:
+    """Write the largest logits of every token of all answers, one after the other, for `read_logits`."""
+    tokens = np.full((len(steps), KEPT_LOGITS), -1, np.int32)
+    logits = np.full((len(steps), KEPT_LOGITS), -np.inf, np.float32)
+    for row, step in enumerate(steps):
+        best = sorted(step, key=lambda token: -step[token])[:KEPT_LOGITS]
+        tokens[row, : len(best)] = best
+        logits[row, : len(best)] = [step[token] for token in best]
+    with open(path, "wb") as file:
+        np.savez(file, tokens=tokens, logits=logits)
+
+
+def read_logits(
+    path: Path, plain: Sequence[Sequence[int]], other: Sequence[Sequence[int]]
+) -> dict[tuple[int, int], dict[int, float]]:
+    """The target's logits by token id wherever other outputs diverge from its own.
+
+    Args:
+        path: from `save_logits`.
+        plain: the target's own answers, token ids.
+        other: answers with a draft.
+
+    Returns:
+        By (request, position); a request that went on where the target had ended is left out.
+    """
+    starts = np.cumsum([0, *map(len, plain)])
+    with np.load(path) as kept:
+        tokens, logits = kept["tokens"], kept["logits"]
     return {
-        "logits": [[r, p, written[r][p]] for r, p in sorted(diverged) if p < len(written[r])],
-        "noise": noise(pairs),
+        (d.request, d.position): dict(zip(tokens[row].tolist(), logits[row].tolist(), strict=True))
+        for d in divergences(plain, other)
+        if (row := starts[d.request] + d.position) < starts[d.request + 1]
     }

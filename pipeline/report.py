@@ -12,7 +12,7 @@ from configs.files import atomic_write, read_json
 
 __all__ = ["write"]
 
-RESULTS = (run_dir.METRICS, run_dir.VERIFICATION, run_dir.SUMMARY, run_dir.EVALUATIONS)
+RESULTS = (run_dir.METRICS, run_dir.VERIFICATION, run_dir.SERVING, run_dir.SUMMARY, run_dir.EVALUATIONS)
 
 STYLE = """
 body { font: 16px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1f2328 }
@@ -130,6 +130,34 @@ def _acceptance(run: Path) -> str:
     return "".join(parts)
 
 
+def _serving(run: Path) -> str:
+    """Speed over HTTP, a row for each draft and concurrency."""
+    if not (run / run_dir.SERVING).exists():
+        return ""
+    rows = [
+        [
+            f"{r['draft']}, {r['concurrency']} at a time",
+            f"{r['output_tokens_per_second']:,.1f}",
+            f"{r['mean_ms_per_token']:.1f}",
+            f"{r['acceptance_length']:.2f}" if "acceptance_length" in r else "",
+            f"{r['ratio']:.2f}",
+        ]
+        for r in read_json(run / run_dir.SERVING)["runs"]
+    ]
+    return _table(["draft", "tokens a second", "ms a token", "acceptance length", "to the first"], rows)
+
+
+def _loops(run: Path) -> str:
+    """How much of the answers goes round in circles, by source, of each worker's dump."""
+    rows = [
+        [source, f"{share:.1%}"]
+        for path in sorted(run.glob(run_dir.DUMPS))
+        for source, share in (read_json(path).get("loop_share_by_source") or {}).items()
+        if share is not None
+    ]
+    return _table(["source", "tokens of answers in loops"], rows) if rows else ""
+
+
 def _stages(summary: dict[str, Any]) -> str:
     rows = [
         [n, f"{s['seconds']:.0f} s", f"{s['bytes'] / 2**20:,.1f} MiB"] for n, s in summary["stages"].items()
@@ -167,6 +195,7 @@ def _write(run: Path) -> Path:
     summary = read_json(run / run_dir.SUMMARY) if (run / run_dir.SUMMARY).exists() else None
     sections = [
         ("Acceptance", _acceptance(run)),
+        ("The target's answers", _loops(run)),
         (
             "Training",
             _curves(rows, "Loss", "loss", {"train/loss": "loss"})
@@ -193,6 +222,7 @@ def _write(run: Path) -> Path:
             + _curves(rows, "Speed", "tokens a second", {"perf/tok_s": "tokens a second"})
             + _curves(rows, "Waiting for the store", "of a step", {"data/wait_frac": "share"}, percent=True),
         ),
+        ("Over HTTP", _serving(run)),
         ("Stages", _stages(summary) if summary else ""),
         (
             "Versions",

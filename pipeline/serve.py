@@ -25,7 +25,14 @@ from configs.target import target_config
 from export.check import refuse_name
 from export.checkpoint import Checkpoint
 from pipeline import child
-from pipeline.speculation import CPU_ENGINE, draft_directory, require_draft, speculative_config, view_of
+from pipeline.speculation import (
+    CPU_ENGINE,
+    draft_directory,
+    draft_path,
+    require_draft,
+    speculative_config,
+    view_of,
+)
 from pipeline.view import make_view
 
 __all__ = ["Figures", "arguments", "figures", "plan", "run", "running", "url"]
@@ -86,12 +93,12 @@ def arguments(config: RunConfig, draft: str) -> list[str]:
     options: dict[str, Any] = {} if torch.cuda.is_available() else dict(CPU_ENGINE)
     options |= {"host": settings.host, "port": settings.port, "served_model_name": target.absolute().name}
     options["shutdown_timeout"] = DRAIN_SECONDS
-    model, draft_path = target.absolute(), directory and directory.absolute()
+    model, draft_dir = target.absolute(), directory and directory.absolute()
     if view_of(config.dump.view) == "v3":
         folder = config.run.dir / run_dir.SERVE_WORK
         model = make_view(target, folder / "target")
         if directory is not None:
-            draft_path = make_view(directory, folder / "draft")
+            draft_dir = make_view(directory, folder / "draft")
         if model != target.absolute():
             exact = target_config(target)["index_topk"]
             # by the target's type, which the view changes, vLLM would choose the way to render a chat
@@ -105,7 +112,7 @@ def arguments(config: RunConfig, draft: str) -> list[str]:
     options |= settings.vllm
     options["tensor_parallel_size"] = config.dump.tensor_parallel_size
     if draft != "none":
-        options["speculative_config"] = speculative_config(draft_path, settings.num_speculative_tokens)
+        options["speculative_config"] = speculative_config(draft_dir, settings.num_speculative_tokens)
     return [str(model), *(word for name, value in options.items() for word in _option(name, value))]
 
 
@@ -256,7 +263,7 @@ def plan(config: RunConfig) -> str:
         ConfigError: no target is set, or the draft's path would mislead vLLM.
     """
     config.require_target()
-    directory = draft_directory(config, config.serve.draft)
+    directory = draft_path(config, config.serve.draft)
     if directory is not None:
         refuse_name(directory)
     what = {"none": "without a draft", "released": "with the released layer"}.get(

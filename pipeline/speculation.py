@@ -9,10 +9,10 @@ from configs import run_dir
 from configs.contract import require_same, target_contract
 from configs.errors import InputError
 from configs.schema import RunConfig
-from export.check import check, refuse_name
+from export.check import check, check_eagle3, refuse_name
 from export.checkpoint import Checkpoint
 
-__all__ = ["CPU_ENGINE", "draft_directory", "require_draft", "speculative_config", "view_of"]
+__all__ = ["CPU_ENGINE", "draft_directory", "draft_path", "require_draft", "speculative_config", "view_of"]
 
 # arguments of an engine where there is no GPU
 CPU_ENGINE = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
@@ -28,21 +28,26 @@ def is_eagle3(draft: Path) -> bool:
     return str(Checkpoint(draft).config.get("architectures", [""])[0]).startswith("Eagle3")
 
 
+def draft_path(config: RunConfig, draft: str) -> Path | None:
+    """Where the draft of a setting lies: `trained` (the export) or a path; None of `released` and `none`."""
+    if draft in ("released", "none"):
+        return None
+    return config.export_dir if draft == "trained" else Path(draft)
+
+
 def draft_directory(config: RunConfig, draft: str) -> Path | None:
-    """The directory of `trained` (the export) or of a path; None of `released` and `none`, which have none.
+    """As `draft_path`, of a draft that is there.
 
     Raises:
         InputError: there is no such directory.
     """
-    if draft in ("released", "none"):
-        return None
-    directory = config.export_dir if draft == "trained" else Path(draft)
-    if not directory.is_dir():
+    directory = draft_path(config, draft)
+    if directory is not None and not directory.is_dir():
         raise InputError(
-            f"there is no draft at {directory}",
+            f"there is no {'export' if draft == 'trained' else 'draft'} at {directory}",
             "run `layer61 export` with the same settings first"
             if draft == "trained"
-            else "name trained, released, none or the directory of a draft",
+            else "name trained, released or the directory of a draft",
         )
     return directory
 
@@ -64,7 +69,12 @@ def require_draft(target: Checkpoint, draft: Path | None) -> None:
         target.mtp_names()
         refuse_name(target.directory, "target.path")
         return
-    if not is_eagle3(draft):
+    if is_eagle3(draft):
+        if problems := check_eagle3(draft, target.directory)["vllm"]:
+            raise InputError(
+                f"{draft} is not a vLLM draft for {target.directory}: {problems[0]}", "export it again"
+            )
+    else:
         target.mtp_names()
         refuse_name(draft)
         if problems := check(draft, target.directory)["vllm"]:

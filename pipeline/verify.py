@@ -1,19 +1,15 @@
-"""`layer61 verify`: serve target and draft in vLLM, and measure what the draft is worth.
+"""`layer61 verify`: serve target and drafts in vLLM, and measure what each draft is worth.
 
-Three engines run one after the other (`pipeline.measure`):
-
-    before     with the released layer
-    after      with the trained draft
-    plain      the target alone
-
-Acceptance comes from vLLM's own counters. Greedy outputs with and without draft must be equal but for ties;
-`pipeline.greedy` says how those are recognised.
+One engine after the other (`pipeline.measure`): the target alone, which keeps its logits, then one for each
+draft, judged by these. What an engine measured is kept: another draft costs one engine. Acceptance comes from
+vLLM's own counters. Greedy outputs with and without draft must be equal but for ties; `pipeline.greedy` says
+how those are recognised.
 """
 
 import contextlib
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,102 +23,161 @@ from configs.files import read_json, sha256_file, sha256_json, write_json
 from configs.held_out import is_held_out, require_recorded, uid_group
 from configs.progress import log
 from configs.provenance import vllm_version
-from configs.schema import RunConfig
+from configs.schema import MOST_DRAFTS, RunConfig
 from export.check import refuse_name
 from export.checkpoint import Checkpoint
-from export.directory import weights_identity
 from pipeline.conversations import input_exists
 from pipeline.greedy import compare
-from pipeline.measure import measure
+from pipeline.measure import measure, read_logits
 from pipeline.prompts import load_prompts
-from pipeline.speculation import CPU_ENGINE, require_draft, speculative_config, view_of
+from pipeline.speculation import (
+    CPU_ENGINE,
+    draft_directory,
+    draft_path,
+    require_draft,
+    speculative_config,
+    view_of,
+)
 from pipeline.view import make_view
 
-__all__ = ["plan", "ready", "run", "verify"]
+__all__ = ["answer_room", "held_out", "plan", "run", "verify"]
 
-NAMES = {"plain": "target alone", "before": "released layer", "after": "trained draft"}
+PLAIN = "target alone"
 
 
 def verify(
     target_dir: Path | str,
-    draft_dir: Path | str,
+    drafts: Mapping[str, Path | str | None],
     prompts: Sequence[Sequence[int]],
     *,
     num_speculative_tokens: int = 3,
     max_tokens: int = 256,
+    temperature: float = 0,
     vllm: dict[str, Any] | None = None,
     tensor_parallel_size: int = 1,
-    compare_released: bool = True,
     view: Literal["auto", "native", "v3"] = "auto",
     work_dir: Path | str | None = None,
 ) -> dict[str, Any]:
-    """Serve target and draft on prompts; measure acceptance with the released layer and the trained draft.
+    """Serve a target alone and with each draft on prompts; measure acceptance and compare greedy outputs.
 
     Args:
         target_dir: the target checkpoint.
-        draft_dir: an exported draft directory.
+        drafts: by name the directory of a draft; None is the released layer.
         prompts: token ids, generation prompt included.
         num_speculative_tokens: draft tokens a step.
         max_tokens: most tokens of an answer; fewer where prompt and answer would exceed what can be served.
+        temperature: where it is not 0, measure with it as well.
         vllm: further arguments of vLLM's engine.
         tensor_parallel_size: GPUs of an engine.
-        compare_released: also serve the target with the released layer and alone.
         view: serve V3.2 natively or as V3 (`pipeline.view`); `auto` takes the view where there is no GPU.
         work_dir: directory for logs and finished measurements, which a second call reuses; none are kept
             by default.
 
     Returns:
-        `before` (released layer) and `after` (trained draft): `acceptance_length` = 1 + accepted drafts a
-        step, `acceptance_per_position`, `num_drafts`, `num_accepted_per_position`, `num_output_tokens`,
-        `seconds`; `plain`: speed, and the target's own `noise`; `greedy`: as `greedy.compare` for `after`,
-        and `greedy_before` for `before`; `versions`. Without `compare_released`, `after` alone is not None.
+        `drafts`, by name: `acceptance_length` = 1 + accepted drafts a step, `acceptance_per_position`,
+        `num_drafts`, `num_accepted_per_position`, `num_output_tokens`, `seconds`, `greedy` (as
+        `greedy.compare`), and `sampled`: the same at `temperature`, or None; `plain`: speed, and the target's
+        own `noise`; `num_prompts`, `view`, `versions`.
 
     Raises:
-        InputError: the draft does not load beside this target, or a prompt is empty or too long.
-        ContractError: the draft was made for another target.
-        ConfigError: the draft's path would mislead vLLM.
+        InputError: a draft does not load beside this target, or a prompt is empty or too long.
+        ContractError: a draft was made for another target.
+        ConfigError: a draft's path would mislead vLLM.
         Layer61Error: vLLM failed.
     """
-    target, draft = Checkpoint(target_dir), Checkpoint(draft_dir)
+    target = Checkpoint(target_dir)
+    directories = {name: None if draft is None else Path(draft) for name, draft in drafts.items()}
+    for directory in directories.values():
+        require_draft(target, directory)
     view = view_of(view)
-    job = _check(target, draft, [list(map(int, ids)) for ids in prompts], max_tokens, view)
-    longest = max(len(ids) + room for ids, room in zip(job["prompts"], job["max_tokens"], strict=True))
+    asked = [list(map(int, ids)) for ids in prompts]
+    room = answer_room(asked, target.config, max_tokens, view)
+    eos = target.config.get("eos_token_id")
+    job: dict[str, Any] = {
+        "prompts": asked,
+        "max_tokens": room,
+        "stop_token_ids": [eos] if isinstance(eos, int) else list(eos or []),
+    }
+    # the same with every number of drafts, so that the target's own run serves them all
+    longest = max(len(ids) + most for ids, most in zip(asked, room, strict=True)) + MOST_DRAFTS + 1
     engine = {
         **({} if torch.cuda.is_available() else CPU_ENGINE),
-        "max_model_len": longest + num_speculative_tokens + 1,
+        "max_model_len": min(longest, target.config.get("max_position_embeddings", longest)),
         "disable_log_stats": False,
         "skip_tokenizer_init": True,
         **(vllm or {}),
         "tensor_parallel_size": tensor_parallel_size,
         "seed": 0,
     }
-    names = ("before", "after", "plain") if compare_released else ("after",)
+    identity = {
+        "format": 2,
+        "engine": engine,
+        "job": job,
+        "view": view,
+        "target": target_contract(target.directory).model_dump(mode="json", exclude={"path"}),
+        "versions": _versions(),
+    }
     with contextlib.ExitStack() as stack:
-        if work_dir is None:
-            work_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="layer61-verify-"))
-        folder = Path(work_dir)
+
+        def temporary(kind: str) -> Path:
+            folder = tempfile.TemporaryDirectory(prefix=f"layer61-{kind}-", ignore_cleanup_errors=True)
+            return Path(stack.enter_context(folder))
+
+        folder = temporary("verify") if work_dir is None else Path(work_dir).absolute()
         folder.mkdir(parents=True, exist_ok=True)
-        results = _measure_in_turn(names, target, draft, job, engine, num_speculative_tokens, view, folder)
-    found = {"num_prompts": len(prompts), "view": view, "versions": _versions()}
-    return _summary(results, num_speculative_tokens) | found
+        views = temporary("views")
+
+        def served(directory: Path, name: str) -> Path:
+            return make_view(directory, views / name) if view == "v3" else directory
+
+        base: dict[str, Any] = {**engine, "model": str(served(target.directory, "target"))}
+        # of its own name: it is written before the measurement it belongs to, and kept with it
+        logits = folder / f"plain.{sha256_json(identity)[:16]}.npz"
+        own = {"engine": {**base, "logprobs_mode": "raw_logits"}, "logits": str(logits)}
+        plain = _measured(PLAIN, folder / "plain.json", identity, {**job, **own, "temperature": 0})
+        for older in set(folder.glob("plain.*.npz")) - {logits}:
+            older.unlink()
+        figures = {}
+        for number, (name, directory) in enumerate(directories.items()):
+            path = None if directory is None else served(directory, f"draft-{number}")
+            speculative = speculative_config(path, num_speculative_tokens)
+            made_from = {
+                **identity,
+                "draft": None if directory is None else _draft_identity(Checkpoint(directory)),
+                "drafts": num_speculative_tokens,
+                "temperature": temperature,
+            }
+            mine: dict[str, Any] = {"engine": {**base, "speculative_config": speculative}, "logits": None}
+            measured = _measured(
+                name,
+                folder / f"draft-{sha256_json(name)[:8]}.json",
+                made_from,
+                {**job, **mine, "temperature": temperature},
+            )
+            figures[name] = _acceptance(measured, num_speculative_tokens)
+            figures[name]["start_seconds"] = measured["start_seconds"]
+            sampled = measured.get("sampled")
+            figures[name]["sampled"] = sampled and {
+                "temperature": temperature,
+                **_acceptance(sampled, num_speculative_tokens),
+            }
+            figures[name]["greedy"] = compare(
+                plain["outputs"],
+                measured["outputs"],
+                read_logits(logits, plain["outputs"], measured["outputs"]),
+                eps=torch.finfo(getattr(torch, plain["dtype"])).eps,
+                largest_noise=plain["noise"]["largest"],
+            )
+    return {
+        "drafts": figures,
+        "plain": _speed(plain) | {"start_seconds": plain["start_seconds"], "noise": plain["noise"]},
+        "num_prompts": len(asked),
+        "view": view,
+        "versions": _versions(),
+    }
 
 
-def _check(
-    target: Checkpoint, draft: Checkpoint, prompts: list[list[int]], max_tokens: int, view: str
-) -> dict[str, Any]:
-    """Refuse what cannot be served together; what every engine has to answer.
-
-    Raises:
-        as `verify`.
-    """
-    require_draft(target, draft.directory)
-    room = _check_prompts(prompts, target.config, max_tokens, view)
-    eos = target.config.get("eos_token_id")
-    stop = [eos] if isinstance(eos, int) else list(eos or [])
-    return {"prompts": prompts, "max_tokens": room, "stop_token_ids": stop}
-
-
-def _check_prompts(prompts: list[list[int]], config: dict[str, Any], max_tokens: int, view: str) -> list[int]:
+def answer_room(prompts: list[list[int]], config: dict[str, Any], max_tokens: int, view: str) -> list[int]:
     """Most tokens of each answer: `max_tokens`, or what is left below the length that can be served.
 
     Raises:
@@ -147,58 +202,17 @@ def _check_prompts(prompts: list[list[int]], config: dict[str, Any], max_tokens:
     return room
 
 
-def _measure_in_turn(
-    names: Sequence[str],
-    target: Checkpoint,
-    draft: Checkpoint,
-    job: dict[str, Any],
-    engine: dict[str, Any],
-    num_speculative_tokens: int,
-    view: Literal["native", "v3"],
-    folder: Path,
-) -> dict[str, dict[str, Any]]:
-    """What each engine measures, by its name; `folder` keeps it for a later call."""
-    identity = {
-        "format": 1,
-        "engine": engine,
-        "job": job,
-        "view": view,
-        "target": target_contract(target.directory).model_dump(mode="json", exclude={"path"}),
-        "versions": _versions(),
-    }
-    results: dict[str, dict[str, Any]] = {}
-    with _views(target.directory, draft.directory, view) as (target_path, draft_path):
-        for name in names:
-            own_draft = draft_path if name == "after" else None
-            speculative = speculative_config(own_draft, num_speculative_tokens)
-            mine: dict[str, Any] = {"model": str(target_path), "speculative_config": speculative}
-            made_from: dict[str, Any] = {**identity, "name": name, "drafts": num_speculative_tokens}
-            others = {}
-            if name == "plain":
-                mine = {"model": str(target_path), "logprobs_mode": "raw_logits"}
-                others = {other: result["outputs"] for other, result in results.items()}
-                made_from |= {"drafts": 0, "others": others}
-            if name == "after":
-                made_from["draft"] = _draft_identity(draft)
-            kept, key = folder / f"{name}.json", sha256_json(made_from)
-            if (earlier := _reuse(kept, key)) is not None:
-                results[name] = earlier
-                continue
-            log_file = str(folder.absolute() / f"{name}.log")
-            own = {"engine": engine | mine, "keep_logits": name == "plain", "others": others, "log": log_file}
-            results[name] = measure(NAMES[name], job | own)
-            write_json(kept, {"key": key, "result": results[name]})
-    return results
-
-
-@contextlib.contextmanager
-def _views(target: Path, draft: Path, view: Literal["native", "v3"]) -> Iterator[tuple[Path, Path]]:
-    """The directories to serve: the given ones, or V3 views of them in a temporary place."""
-    if view == "native":
-        yield target, draft
-        return
-    with tempfile.TemporaryDirectory(prefix="layer61-views-", ignore_cleanup_errors=True) as folder:
-        yield make_view(target, Path(folder) / "target"), make_view(draft, Path(folder) / "draft")
+def _measured(name: str, path: Path, made_from: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
+    """What an engine measures; taken from `path` where an earlier call kept it, made from the same things."""
+    key = sha256_json(made_from)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        kept = read_json(path)
+        if kept["key"] == key:
+            log("verify", f"{name}: already measured, taken from {path}")
+            return kept["result"]
+    result = measure(name, {**job, "log": str(path.with_suffix(".log"))})
+    write_json(path, {"key": key, "result": result})
+    return result
 
 
 def _versions() -> dict[str, str]:
@@ -211,37 +225,6 @@ def _draft_identity(draft: Checkpoint) -> Any:
         return read_json(draft.directory / run_dir.META)["identity"]
     files = sorted({draft.file(name) for name in draft.names})
     return {file: sha256_file(draft.directory / file) for file in ("config.json", *files)}
-
-
-def _reuse(path: Path, key: str) -> dict[str, Any] | None:
-    """A finished measurement of an earlier call, if it was made from the same things."""
-    try:
-        kept = read_json(path)
-        if kept["key"] != key:
-            return None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    log("verify", f"{NAMES[path.stem]}: already measured, taken from {path}")
-    return kept["result"]
-
-
-def _summary(results: dict[str, dict[str, Any]], num_speculative_tokens: int) -> dict[str, Any]:
-    """Acceptance, speed and the comparison of outputs, from what the engines measured."""
-    after = _acceptance(results["after"], num_speculative_tokens)
-    summary: dict[str, Any] = {"before": None, "after": after, "plain": None, "greedy": None}
-    if plain := results.get("plain"):
-        summary["before"] = _acceptance(results["before"], num_speculative_tokens)
-        summary["plain"] = _speed(plain) | {"noise": plain["noise"]}
-        logits = {(r, p): {int(t): x for t, x in known.items()} for r, p, known in plain["logits"]}
-        for name, key in (("after", "greedy"), ("before", "greedy_before")):
-            summary[key] = compare(
-                plain["outputs"],
-                results[name]["outputs"],
-                logits,
-                eps=torch.finfo(getattr(torch, plain["dtype"])).eps,
-                largest_noise=plain["noise"]["largest"],
-            )
-    return summary
 
 
 def _acceptance(result: dict[str, Any], num_speculative_tokens: int) -> dict[str, Any]:
@@ -267,19 +250,17 @@ def _speed(result: dict[str, Any]) -> dict[str, Any]:
     return {
         "num_output_tokens": tokens,
         "seconds": result["seconds"],
-        "start_seconds": result["start_seconds"],
     }
 
 
-def _held_out(config: RunConfig) -> list[list[int]]:
-    """Prompts of the held-out conversations, up to where the last answer begins."""
+def held_out(config: RunConfig, most: int | None) -> list[list[int]]:
+    """Prompts of the first `most` held-out conversations, up to where the last answer begins."""
     documents = load_prompts(config.prompts, config.require_target()).documents
     share, seed = config.prompts.held_out, config.run.seed
     require_recorded(config.run.dir, documents.uids, share, seed)
     chosen = is_held_out(uid_group(documents.uids), share, seed)
-    found = (documents[int(i)] for i in np.flatnonzero(chosen))
-    prompts = [d.input_ids[: d.spans[-1][0]].tolist() for d in found]
-    return prompts[: config.verify.max_conversations]
+    found = (documents[int(i)] for i in np.flatnonzero(chosen)[:most])
+    return [d.input_ids[: d.spans[-1][0]].tolist() for d in found]
 
 
 def plan(config: RunConfig) -> str:
@@ -289,81 +270,66 @@ def plan(config: RunConfig) -> str:
         ConfigError: no target or no conversations are set, or the draft's path would mislead vLLM.
         InputError: the conversations or the tokenizer are unusable.
     """
-    refuse_name(config.export_dir)
-    target = config.require_target()
-    waiting = [p for p in (target, config.export_dir) if not p.exists()]
+    settings, target = config.verify, config.require_target()
+    named = [draft_path(config, draft) for draft in settings.drafts]
+    if "trained" in settings.drafts:
+        refuse_name(config.export_dir)
+    waiting: list[Any] = [p for p in (target, *named) if p and not p.exists()]
     there = config.prompts.path is None or input_exists(config.prompts.path)
     number = "the"
     if target.exists() and there:
-        prompts = _held_out(config)
+        prompts = held_out(config, settings.max_conversations)
         number = f"{len(prompts):,} ({sum(map(len, prompts)):,} prompt tokens)"
-    settings = config.verify
-    engines = "three vLLM engines in turn" if settings.compare_released else "one vLLM engine"
     return (
         f"serve {number} held-out conversations, at most {settings.max_tokens:,} tokens each, with"
-        f" {settings.num_speculative_tokens} draft tokens a step: {engines}, draft {config.export_dir}"
+        f" {settings.num_speculative_tokens} draft tokens a step: one vLLM engine for the target alone, one"
+        f" for each draft ({', '.join(settings.drafts)})"
         + "".join(f"; not yet: there is no {path}" for path in waiting + [config.prompts.path] * (not there))
     )
-
-
-def ready(config: RunConfig) -> None:
-    """Refuse to serve another draft than `verify.checkpoint` says.
-
-    Raises:
-        InputError: there is no export, it is of another checkpoint, or there is no such checkpoint.
-    """
-    out, which = config.export_dir, config.verify.checkpoint
-    again = f"layer61 export export.checkpoint={which}"
-    if not out.exists():
-        raise InputError(f"there is no export at {out.absolute()}", f"run `{again}` with the same settings")
-    if not (out / run_dir.META).is_file() or (which == "best" and not run_dir.committed(config.run.dir)):
-        return
-    wanted = run_dir.find_weights(config.run.dir, which, config.require_target(), verify=False)
-    manifest = run_dir.read_export(out, verify=False)
-    if manifest["identity"].get("format") != 2:
-        return  # its hashes are of another kind
-    held = manifest["identity"]["weights"]
-    here = "released" if which == "released" else weights_identity(Checkpoint(wanted, config={}))
-    if held != here:
-        raise InputError(
-            f"{out.absolute()} holds {manifest.get('weights')}, verify.checkpoint = {which} is {wanted}",
-            f"run `{again} export.replace=true` with the same settings, or set verify.checkpoint",
-        )
 
 
 def run(config: RunConfig) -> dict[str, Any]:
     """`layer61 verify`: measure on the held-out conversations and write `verify.json` in the run directory.
 
+    Returns:
+        As `verify`; `before` and `after` are the released layer and the trained draft, None where they were
+        not asked for, `greedy` is the trained draft's.
+
     Raises:
         InputError: there is no export yet, or as `verify`.
     """
-    target = config.require_target()
-    ready(config)
     settings = config.verify
     result = verify(
-        target,
-        config.export_dir,
-        _held_out(config),
+        config.require_target(),
+        {draft: draft_directory(config, draft) for draft in settings.drafts},
+        held_out(config, settings.max_conversations),
         num_speculative_tokens=settings.num_speculative_tokens,
         max_tokens=settings.max_tokens,
+        temperature=settings.temperature,
         vllm=settings.vllm,
         tensor_parallel_size=config.dump.tensor_parallel_size,
-        compare_released=settings.compare_released,
         view=config.dump.view,
         work_dir=config.run.dir / run_dir.VERIFY_WORK,
     )
+    drafts = result["drafts"]
+    result |= {"before": drafts.get("released"), "after": drafts.get("trained")}
+    result["greedy"] = result["after"] and result["after"]["greedy"]
     write_json(config.run.dir / run_dir.VERIFICATION, result)
-    for name in ("before", "after"):
-        if figures := result[name]:
-            positions = ", ".join(f"{x:.1%}" for x in figures["acceptance_per_position"])
-            length = f"{figures['acceptance_length']:.3f} tokens a step"
-            log("verify", f"{NAMES[name]}: {length}, positions {positions}")
-    if greedy := result["greedy"]:
-        own = result["plain"]["noise"]
+    own = result["plain"]["noise"]
+    for name, figures in drafts.items():
+        log("verify", f"{name}: {_said(figures)}")
+        if sampled := figures["sampled"]:
+            log("verify", f"{name}, temperature {sampled['temperature']:g}: {_said(sampled)}")
+        greedy = figures["greedy"]
         log(
             "verify",
-            f"greedy output with the draft: {greedy['equal']} of {greedy['requests']} equal, {greedy['ties']}"
+            f"greedy output, {name}: {greedy['equal']} of {greedy['requests']} equal, {greedy['ties']}"
             f" diverge at a tie, {greedy['different']} differ; rereading its own text, the target alone picks"
             f" another token at {own['flipped']:,} of {own['tokens']:,}",
         )
     return result
+
+
+def _said(figures: dict[str, Any]) -> str:
+    positions = ", ".join(f"{x:.1%}" for x in figures["acceptance_per_position"])
+    return f"{figures['acceptance_length']:.3f} tokens a step, positions {positions}"

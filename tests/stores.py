@@ -39,18 +39,24 @@ def write_store(
     first_uid: int = 1,
     not_a_number: Collection[int] = (),
     sources: Sequence[str] = ("test",),
+    aux_layers: Collection[int] = (),
 ) -> Path:
     """Publish documents whose second half is an answer: each token of it is what the state before says.
 
     States are one of `kinds` directions and a little noise, so that a layer can learn the next token.
-    Those of the documents `not_a_number` are none.
+    Those of the documents `not_a_number` are none. The inputs of `aux_layers` are the same state in other
+    lengths.
     """
     checkpoint = Checkpoint(target)
     head = checkpoint.get("lm_head.weight", dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(kinds, head.shape[1], generator=generator)
     uids = (n << 32 for n in itertools.count(first_uid))
-    with StoreWriter(str(path), contract or contract_of(target)) as writer:
+    agreed = contract or contract_of(target)
+    if aux_layers:
+        inputs = [{"site": "layer_input", "layer": k} for k in aux_layers]
+        agreed = agreed | {"states": [*inputs, *agreed["states"]]}
+    with StoreWriter(str(path), agreed) as writer:
         for uid, length in enumerate(lengths):
             kind = (torch.arange(length) * (1 + uid % 2) + uid) % kinds
             hidden = directions[kind] + 0.05 * torch.randn(length, head.shape[1], generator=generator)
@@ -68,7 +74,7 @@ def write_store(
                 next(n for n in uids if is_held_out(uid_group(n), 0.05, 0) == kept),
                 ids.numpy().astype("uint32"),
                 mask.numpy().astype("uint8"),
-                hidden[:, None],
+                torch.stack([*(hidden * (k + 1) / 4 for k in range(len(aux_layers))), hidden], 1),
                 source=sources[uid % len(sources)],
                 held_out=kept,
             )

@@ -18,10 +18,10 @@ from configs.held_out import is_held_out, uid_group
 from configs.load import load_config
 from configs.schema import RunConfig
 from featurestore import StoreWriter, open_store
-from pipeline.__main__ import main
 from pipeline.blocks import blocks
 from pipeline.capture.probe import check_states
 from pipeline.capture.settings import contract
+from pipeline.cli import main
 from pipeline.dump import plan, run
 from pipeline.prompts import load_prompts
 
@@ -103,6 +103,14 @@ def test_plan_of_the_real_run_needs_neither_target_nor_prompts(tmp_path):
     assert found.documents is None
     assert "a million tokens take 14.3 GB" in str(found)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_of_an_eagle3_dump_counts_every_state_and_refuses_layers_that_are_not_there(tmp_path):
+    real = Path(__file__).parent.parent / "configs/deepseek-v3.2-eagle3.toml"
+    settings = [f"run.dir={tmp_path}", f"target.path={tmp_path / 'absent'}"]
+    assert "57,344 of them states" in str(plan(load_config([real], settings)))
+    with pytest.raises(ConfigError, match="the last of the target's 61 layers is 60"):
+        plan(load_config([real], [*settings, "dump.aux_layers=[2, 61]"]))
 
 
 def test_blocks_are_a_pure_function_of_the_input(config):
@@ -233,7 +241,7 @@ def command(config: RunConfig, run_dir: Path) -> list[str]:
     values = config.model_dump(mode="json", exclude_defaults=True)
     file = run_dir.with_suffix(".json")
     write_json(file, values | {"run": {"dir": str(run_dir)}})
-    return [sys.executable, "-m", "pipeline", "dump", "--json", str(file)]
+    return [sys.executable, "-m", "pipeline", "dump", str(file)]
 
 
 def parts_of(run_dir: Path) -> dict[str, int]:

@@ -37,8 +37,8 @@ def layer(tiny_checkpoint, store):
     """A layer trained for a moment on the other documents, so that some drafts are accepted."""
     layer = load_layer(tiny_checkpoint)
     draft = Draft(layer, TrainConfig(dtype="float32"))
-    documents = evaluate._read(store, np.flatnonzero(~store.held_out))
-    batch = pack(documents, 0, torch.float32, torch.device("cpu"))
+    documents = evaluate._read(store, np.flatnonzero(~store.held_out), [0])
+    batch = pack(documents, torch.float32, torch.device("cpu"))
     scored = batch.scored(DRAFTS)
     optimizer = torch.optim.Adam([p for n, p in layer.named_parameters() if "indexer" not in n], lr=3e-3)
     for _ in range(25):

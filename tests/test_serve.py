@@ -15,6 +15,7 @@ from configs.errors import ConfigError, InputError
 from configs.files import write_json
 from configs.load import load_config
 from export import nextn
+from pipeline import bench_serve
 from pipeline.serve import arguments, figures, plan, running
 from tests.test_children import free_port
 from tests.test_verify import layer_of, simple_target
@@ -119,3 +120,22 @@ def test_serve_refuses_what_cannot_be_served(settings, tmp_path):
         config = load_config([settings], [f"serve.port={taken.getsockname()[1]}"])
         with pytest.raises(InputError, match="something listens on"), running(config, [], tmp_path / "log"):
             pass
+
+
+@pytest.mark.engine
+def test_bench_serve_measures_each_draft_at_each_concurrency(settings):
+    changes = ["serve.bench_concurrency=[1, 2]", "serve.bench_conversations=4", "serve.bench_max_tokens=33"]
+    config = load_config([settings], changes)
+    result = bench_serve.run(config)
+    runs = {(r["draft"], r["concurrency"]): r for r in result["runs"]}
+    assert list(runs) == [("none", 1), ("none", 2), ("trained", 1), ("trained", 2)]
+    for (draft, concurrency), found in runs.items():
+        assert ("acceptance_length" in found) == (draft == "trained")
+        plain = runs["none", concurrency]
+        # greedy: the same answers, whoever drafts
+        assert found["num_output_tokens"] == plain["num_output_tokens"] > 0
+        assert found["ratio"] == found["output_tokens_per_second"] / plain["output_tokens_per_second"]
+    assert runs["trained", 1]["acceptance_length"] == pytest.approx(4.0)
+    written = json.loads((config.run.dir / "serving.json").read_text())
+    assert written["runs"] == result["runs"]
+    assert "versions" in written

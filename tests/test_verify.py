@@ -17,6 +17,7 @@ from export import nextn
 from export.checkpoint import Checkpoint
 from export.keymap import DROPPED
 from pipeline.greedy import compare, noise
+from pipeline.measure import read_logits, save_logits
 from pipeline.verify import plan, run, verify
 from pipeline.view import make_view
 
@@ -188,7 +189,7 @@ def verified(
             "target": {"path": target},
             "prompts": {"path": conversations_file, "held_out": 0.99},
             "export": {"dir": folder / "nextn"},
-            "verify": {"max_tokens": 40, "vllm": {"max_num_seqs": 4}},
+            "verify": {"max_tokens": 40, "temperature": 0.7, "vllm": {"max_num_seqs": 4}},
         }
     )
     return run(config), config
@@ -204,9 +205,12 @@ def test_verify_measures_acceptance_of_the_released_layer_and_the_trained_draft(
     assert before["acceptance_length"] == pytest.approx(1 + sum(before["acceptance_per_position"]))
     assert before["num_drafts"] > after["num_drafts"]
     assert result["num_prompts"] == 6
-    for key in ("greedy", "greedy_before"):
-        counts = {k: result[key][k] for k in ("requests", "equal", "ties", "different")}
+    for figures in (after, before):
+        counts = {k: figures["greedy"][k] for k in ("requests", "equal", "ties", "different")}
         assert counts == {"requests": 6, "equal": 6, "ties": 0, "different": 0}
+        # what is sampled is not what is most likely: the same draft is right less often
+        assert figures["sampled"]["temperature"] == 0.7
+        assert 1 <= figures["sampled"]["acceptance_length"] < figures["acceptance_length"]
     assert result["plain"]["noise"]["tokens"] > 50
     assert json.loads((config.run.dir / "verify.json").read_text()) == result
     assert "serve 6 (" in plan(config)
@@ -226,32 +230,81 @@ def test_verify_resumes_from_finished_measurements(verified):
     assert json.loads((folder / "plain.json").read_text())["result"]["outputs"]
 
 
+def damaged_draft(draft: Path, out: Path) -> Path:
+    """A draft with two experts exchanged and half of the last norm scaled."""
+    shutil.copytree(draft, out)
+    checkpoint = Checkpoint(out)
+    for file in sorted({checkpoint.file(name) for name in checkpoint.names}):
+        names = [name for name in checkpoint.names if checkpoint.file(name) == file]
+        tensors = {name: checkpoint.get(name, raw=True).clone() for name in names}
+        for name in names:
+            if name.endswith("shared_head.norm.weight"):
+                tensors[name][: len(tensors[name]) // 2] *= 8
+            if ".experts.0." in name:
+                other = name.replace(".experts.0.", ".experts.1.")
+                tensors[name], tensors[other] = tensors[other], tensors[name]
+        save_file(tensors, out / file, metadata={"format": "pt"})
+    return out
+
+
+@pytest.mark.engine
+def test_a_damaged_draft_is_seen_and_costs_one_engine(verified, tmp_path):
+    result, config = verified
+    folder = config.run.dir / "verify"
+    before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
+    damaged = damaged_draft(config.export_dir, tmp_path / "damaged")
+    drafts = {"drafts": ("trained", str(damaged), "released"), "temperature": 0.7}
+    again = run(config.model_copy(update={"verify": config.verify.model_copy(update=drafts)}))
+    assert {name: again["drafts"][name] for name in result["drafts"]} == result["drafts"]
+    # one more log and one more measurement, all others as they were
+    after = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
+    assert {p: after[p] for p in before} == before
+    assert len(after) == len(before) + 2
+    figures = again["drafts"][str(damaged)]
+    assert figures["acceptance_length"] < 0.8 * result["after"]["acceptance_length"]
+    assert (figures["greedy"]["equal"], figures["greedy"]["different"]) == (6, 0)
+
+
 @pytest.mark.engine
 def test_verify_refuses_what_cannot_be_served(verified, tiny_checkpoint, tmp_path):
     _, config = verified
     target, draft, prompts = config.target.path, config.export_dir, [[5, 6, 7]]
     nextn.export(draft, target, tmp_path / "legacy", layout="sglang-legacy")
     with pytest.raises(InputError, match="is not a vLLM draft"):
-        verify(target, tmp_path / "legacy", prompts)
+        verify(target, {"a": tmp_path / "legacy"}, prompts)
     shutil.copytree(draft, tmp_path / "eagle3/nextn")
     with pytest.raises(ConfigError, match="eagle"):
-        verify(target, tmp_path / "eagle3/nextn", prompts)
+        verify(target, {"a": tmp_path / "eagle3/nextn"}, prompts)
     with pytest.raises(InputError, match="no held-out conversation"):
-        verify(target, draft, [])
+        verify(target, {"a": draft}, [])
     with pytest.raises(InputError, match="prompt 0 is empty"):
-        verify(target, draft, [[]])
+        verify(target, {"a": draft}, [[]])
     with pytest.raises(InputError, match="V3 view"):
-        verify(target, draft, [[5] * Checkpoint(target).config["index_topk"]], view="v3")
+        verify(target, {"a": draft}, [[5] * Checkpoint(target).config["index_topk"]], view="v3")
     other = simple_target(tiny_checkpoint, tmp_path / "other", rest=0, noise=0)
     (other / "config.json").write_text(json.dumps({**Checkpoint(target).config, "rope_theta": 20000}))
     with pytest.raises(ContractError, match=r"target\.config_sha256"):
-        verify(other, draft, prompts)
+        verify(other, {"a": draft}, prompts)
     missing = config.model_copy(
         update={"export": config.export.model_copy(update={"dir": tmp_path / "none"})}
     )
     assert "not yet: there is no" in plan(missing)
     with pytest.raises(InputError, match="no export"):
         run(missing)
+
+
+def test_kept_logits_are_found_where_outputs_diverge(tmp_path):
+    plain, draft = [[1, 2, 3], [4], [5, 6]], [[1, 2, 3], [4, 9], [5, 7]]
+    steps = [
+        {token: float(token), token + 10: 0.5, **dict.fromkeys(range(100, 130), -1.0)}
+        for token in range(1, 7)
+    ]
+    save_logits(tmp_path / "kept.npz", steps)
+    # the second request goes on where the target had ended: it has no logit there
+    found = read_logits(tmp_path / "kept.npz", plain, draft)
+    assert list(found) == [(2, 1)]
+    assert {token: found[2, 1][token] for token in (6, 16)} == {6: 6.0, 16: 0.5}
+    assert len(found[2, 1]) == 20
 
 
 def test_divergences_are_ties_up_to_the_dtype_and_the_targets_own_noise():

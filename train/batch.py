@@ -3,6 +3,7 @@
 Legend: T tokens, D hidden_size, B documents.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from configs.schema import RunConfig
 from featurestore import FeatureStore, open_store
 from train.unroll import Scored, select
 
-__all__ = ["Packed", "check_contract", "check_lengths", "held_out", "open_split", "pack", "state_column"]
+__all__ = ["Packed", "check_contract", "check_lengths", "held_out", "open_split", "pack", "state_columns"]
 
 
 class Packed(NamedTuple):
@@ -29,6 +30,7 @@ class Packed(NamedTuple):
         loss_mask: bool [T].
         cu_seqlens: int32 [B+1].
         hidden: the target's post-norm states, [T, D].
+        start: what the draft starts from: the same, or layer inputs [T, K, D].
         uids: of the documents.
     """
 
@@ -36,6 +38,7 @@ class Packed(NamedTuple):
     loss_mask: Tensor
     cu_seqlens: Tensor
     hidden: Tensor
+    start: Tensor
     uids: tuple[int, ...] = ()
 
     def scored(self, num_steps: int) -> Scored:
@@ -52,48 +55,60 @@ class Packed(NamedTuple):
         return Scored(zero, zero, place, place.bool())
 
 
-def state_column(contract: dict[str, Any]) -> int:
-    """Which of a token's stored states is the post-norm one.
+def state_columns(contract: dict[str, Any], aux_layers: Sequence[int] = ()) -> list[int]:
+    """Which of a token's stored states a draft needs: the post-norm one, then the inputs of `aux_layers`.
 
     Raises:
-        ContractError: the store holds none.
+        ContractError: the store does not hold them all.
     """
-    sites = [state["site"] for state in contract["states"]]
+    stored = [(state["site"], state["layer"]) for state in contract["states"]]
+    sites = [site for site, _ in stored]
     if "post_norm" not in sites:
         raise ContractError(
             f"the store holds states of {', '.join(sites)}, not post_norm",
             "dump post-norm states to train from",
         )
-    return sites.index("post_norm")
+    missing = [k for k in aux_layers if ("layer_input", k) not in stored]
+    if missing:
+        held = [k for site, k in stored if site == "layer_input"]
+        raise ContractError(
+            f"the draft starts from the inputs of layers {list(aux_layers)},"
+            f" the store holds {held or 'none'}",
+            f"dump with dump.aux_layers = {list(aux_layers)}",
+        )
+    return [sites.index("post_norm"), *(stored.index(("layer_input", k)) for k in aux_layers)]
 
 
-def pack(batch: Any, column: int, dtype: torch.dtype, device: torch.device) -> Packed:
+def pack(batch: Any, dtype: torch.dtype, device: torch.device) -> Packed:
     """Copy a loader's batch to the device; its buffers may be reused afterwards.
 
     Args:
-        batch: `featurestore.Batch`; an empty one becomes one document of three tokens, all masked out.
-        column: from `state_column`.
+        batch: `featurestore.Batch` of the states that `state_columns` names, in that order; an empty one
+            becomes one document of three tokens, all masked out.
         dtype: dtype of the layer.
         device: where the layer is.
     """
     if len(batch.input_ids) == 0:
-        width = batch.hidden.shape[-1]
+        ones = torch.ones(3, *batch.hidden.shape[1:], dtype=dtype, device=device)
         return Packed(
             torch.zeros(3, dtype=torch.int64, device=device),
             torch.zeros(3, dtype=torch.bool, device=device),
             torch.tensor([0, 3], dtype=torch.int32, device=device),
-            torch.ones(3, width, dtype=dtype, device=device),
+            ones[:, 0],
+            ones[:, 1:] if ones.shape[1] > 1 else ones[:, 0],
         )
 
     def copy(x: Tensor, to: torch.dtype | None = None) -> Tensor:
         # blocking: asking the loader for its next batch overwrites these buffers
         return x.to(device=device, dtype=to, copy=True)
 
+    hidden = copy(batch.hidden[:, 0], dtype)
     return Packed(
         copy(batch.input_ids),
         copy(batch.loss_mask),
         copy(batch.cu_seqlens),
-        copy(batch.hidden[:, column], dtype),
+        hidden,
+        copy(batch.hidden[:, 1:], dtype) if batch.hidden.shape[1] > 1 else hidden,
         tuple(batch.uids),
     )
 

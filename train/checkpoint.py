@@ -49,7 +49,7 @@ from configs.run_dir import (
 from export.checkpoint import INDEX
 from export.keymap import Op
 from export.stream import write_tensors
-from train.mtp import MTPLayer
+from train.model import Layer
 from train.zero import Partition, gathered, optimizer_step, partitions, take_over
 
 __all__ = ["Saved", "load", "newest", "save"]
@@ -126,7 +126,7 @@ def _state_file(rank: int) -> str:
     return f"{STATE}/rank_{rank:04d}.safetensors"
 
 
-def _weights(layer: MTPLayer, ops: tuple[Op, ...], mine: dict[str, list[int]]) -> Iterator[Tensor]:
+def _weights(layer: Layer, ops: tuple[Op, ...], mine: dict[str, list[int]]) -> Iterator[Tensor]:
     """This rank's share of the layer, one tensor at a time; every rank must run it to its end."""
     parameters, buffers = dict(layer.named_parameters()), dict(layer.named_buffers())
     for op in ops:
@@ -139,7 +139,7 @@ def _weights(layer: MTPLayer, ops: tuple[Op, ...], mine: dict[str, list[int]]) -
             yield from (whole[i].to("cpu", torch.bfloat16) for i in mine[op.training])
 
 
-def _write_weights(layer: MTPLayer, ops: tuple[Op, ...], path: Path) -> dict[str, Any]:
+def _write_weights(layer: Layer, ops: tuple[Op, ...], path: Path) -> dict[str, Any]:
     """Write this rank's share of the layer; returns the entry of its file."""
     rank, buffers = dist.get_rank(), dict(layer.named_buffers())
     mine = _share(ops, rank)
@@ -169,7 +169,14 @@ def _write_state(parts: list[Partition], path: Path) -> dict[str, Any]:
 
 
 def save(
-    engine: Any, ops: tuple[Op, ...], run_dir: Path, step: int, meta: dict[str, Any], *, keep: int
+    engine: Any,
+    ops: tuple[Op, ...],
+    run_dir: Path,
+    step: int,
+    meta: dict[str, Any],
+    *,
+    keep: int,
+    draft: dict[str, Any] | None = None,
 ) -> Path:
     """Write, commit and publish a checkpoint; all ranks call this.
 
@@ -181,6 +188,7 @@ def save(
         meta: `layer61.json` without what this function knows; `metrics.acceptance_length` decides on the best
             checkpoint.
         keep: newest checkpoints to keep beside the best.
+        draft: config.json of an EAGLE-3 draft, by which its weights are recognised.
 
     Returns:
         The checkpoint.
@@ -230,7 +238,7 @@ def save(
         }
         files = {name: entry for found in written for name, entry in found["files"].items()}
         whole = {"format": 2, "step": step, "ranks": dist.get_world_size(), **meta, "state": state}
-        attempt(lambda: _publish(path, final, whole, ops, files, keep) if first else None)
+        attempt(lambda: _publish(path, final, whole, ops, files, keep, draft) if first else None)
     except Layer61Error:
         if first:
             shutil.rmtree(path, ignore_errors=True)
@@ -239,7 +247,13 @@ def save(
 
 
 def _publish(
-    path: Path, final: Path, meta: dict[str, Any], ops: tuple[Op, ...], files: dict[str, Any], keep: int
+    path: Path,
+    final: Path,
+    meta: dict[str, Any],
+    ops: tuple[Op, ...],
+    files: dict[str, Any],
+    keep: int,
+    draft: dict[str, Any] | None,
 ) -> None:
     """Commit what all ranks have written and give it its name; then see which checkpoints stay."""
     owner = {
@@ -252,7 +266,11 @@ def _publish(
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(owner.items()))}
     write_json(path / WEIGHTS / INDEX, index)
     write_json(path / META, meta)
-    small = {name: checksum(path / name) for name in (f"{WEIGHTS}/{INDEX}", META)}
+    names = [f"{WEIGHTS}/{INDEX}", META]
+    if draft is not None:
+        names.append(f"{WEIGHTS}/config.json")
+        write_json(path / names[-1], draft)
+    small = {name: checksum(path / name) for name in names}
     write_commit(path, dict(sorted((files | small).items())))
     for folder in (path / WEIGHTS, path / STATE, path):
         fsync_directory(folder)

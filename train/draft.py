@@ -3,13 +3,17 @@
 Legend: T tokens, D hidden_size, E experts, S steps, M predicted tokens.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from configs.schema import TrainConfig
 from train.batch import Packed
+from train.blocks import MoE
+from train.eagle3 import Eagle3Layer
 from train.loss import HeadLoss, head_loss
-from train.mtp import MTPLayer
+from train.model import Layer
 from train.unroll import Scored, unroll
 
 __all__ = ["Draft"]
@@ -19,17 +23,19 @@ class Draft(nn.Module):
     """The layer, its unroll and its loss in one forward, which is what DeepSpeed wraps.
 
     Args:
-        layer: the MTP layer with its frozen tables.
+        layer: the MTP layer or an EAGLE-3 one, with its frozen tables.
         train: loss, temperature and position mask are read from it.
     """
 
-    def __init__(self, layer: MTPLayer, train: TrainConfig) -> None:
+    def __init__(self, layer: Layer, train: TrainConfig) -> None:
         super().__init__()
         self.layer = layer
         self.train_config = train
         # rows of training that the router sent to each expert, int64 [E], since they were last taken
-        self._rows_E = torch.zeros(layer.dims.n_routed_experts, dtype=torch.int64)
-        layer.mlp.get_submodule("gate").register_forward_hook(self._count_rows)
+        routed = isinstance(layer.mlp, MoE)
+        self._rows_E = torch.zeros(layer.dims.n_routed_experts if routed else 0, dtype=torch.int64)
+        if routed:
+            layer.mlp.get_submodule("gate").register_forward_hook(self._count_rows)
 
     def _count_rows(self, _gate: nn.Module, _args: tuple[Tensor], chosen: tuple[Tensor, Tensor]) -> None:
         if self.training:
@@ -54,18 +60,19 @@ class Draft(nn.Module):
         states = unroll(
             self.layer,
             batch.input_ids,
-            batch.hidden,
+            batch.start,
             batch.cu_seqlens,
             len(scored.place),
-            config.mask_position_0,
+            self.layer.masks_position_0 and config.mask_position_0,
             anchors=scored.anchors,
         )
-        return head_loss(
-            scored.students(states),
-            batch.hidden[scored.teacher],
-            self.layer.lm_head,
-            loss=config.loss,
-            weights=weights_SM,
-            targets=batch.input_ids[scored.tokens],
-            temperature=config.temperature,
-        )
+        compared = scored.students(states), batch.hidden[scored.teacher], self.layer.lm_head
+        options: dict[str, Any] = {
+            "loss": config.loss,
+            "weights": weights_SM,
+            "targets": batch.input_ids[scored.tokens],
+            "temperature": config.temperature,
+        }
+        if isinstance(self.layer, Eagle3Layer) and self.layer.own_head is not None:
+            return HeadLoss(*self.layer.own_head(*compared, keep=self.layer.keep, **options))
+        return head_loss(*compared, **options)

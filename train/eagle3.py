@@ -68,6 +68,8 @@ class Eagle3Layer(nn.Module):
             as the two maps of the checkpoint: d2t int64 [N], the target's id less the draft's, t2d bool [V].
     """
 
+    masks_position_0 = False
+
     embed_tokens: Tensor
     lm_head: Tensor
     norm_weight: Tensor
@@ -91,8 +93,10 @@ class Eagle3Layer(nn.Module):
         self.norm = nn.RMSNorm(D, eps=eps)
         size = config.get("draft_vocab_size")
         self.own_head = Head(size, D) if size else None
+        self.draft_vocab_size = size or dims.vocab_size
         self.pruned = bool(size) and size != dims.vocab_size
         if self.pruned:
+            assert size is not None
             self.register_buffer("d2t", torch.zeros(size, dtype=torch.int64))
             self.register_buffer("t2d", torch.zeros(dims.vocab_size, dtype=torch.bool))
         self.register_buffer("embed_tokens", torch.empty(0), persistent=False)
@@ -101,7 +105,7 @@ class Eagle3Layer(nn.Module):
 
     @property
     def keep(self) -> Tensor | None:
-        return self.t2d.nonzero().flatten() if self.pruned else None
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device) if self.pruned else None
 
     def start(self, states_TKD: Tensor) -> Tensor:
         """What step 0 is carried from, [T, D], made of the inputs of the chosen layers, [T, K, D]."""
@@ -143,5 +147,5 @@ def initial_tensors(
         if len(op.shape) == 1:
             yield op.training, torch.ones(op.shape, dtype=dtype)
             continue
-        generator = torch.Generator().manual_seed((seed << 32) + crc32(op.training.encode()))
+        generator = torch.Generator().manual_seed(crc32(f"{seed} {op.training}".encode()))
         yield op.training, torch.empty(op.shape).normal_(0, std, generator=generator).to(dtype)

@@ -21,16 +21,16 @@ from torch import Tensor
 from configs import run_dir
 from configs.errors import StoreNotFoundError
 from configs.files import write_json
-from configs.progress import task
+from configs.progress import log, task
 from configs.schema import RunConfig
 from featurestore import FeatureStore
-from train.batch import Packed, check_contract, check_lengths, held_out, open_split, pack, state_column
+from train.batch import Packed, check_contract, check_lengths, held_out, open_split, pack, state_columns
 from train.draft import Draft
 from train.loss import HeadLoss
 from train.model import load_layer
 from train.unroll import Scored
 
-__all__ = ["Tally", "measure", "plan", "ready", "run", "tally"]
+__all__ = ["Tally", "measure", "plan", "run", "tally"]
 
 
 class Tally(NamedTuple):
@@ -153,18 +153,21 @@ def _batches(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return out
 
 
-def _read(store: FeatureStore, documents: np.ndarray) -> Packed:
+def _read(store: FeatureStore, documents: np.ndarray, states: list[int]) -> Packed:
     """The documents as stored, for `pack`: hidden [T, states, D]."""
-    read = [store[int(i)] for i in documents]
+    read = [store.read(int(i), states=states) for i in documents]
     if not read:
         empty = torch.zeros(0, dtype=torch.int64)
-        return Packed(empty, empty.bool(), empty.int(), torch.zeros(0, store.states, store.hidden_size))
+        none = torch.zeros(0, len(states), store.hidden_size)
+        return Packed(empty, empty.bool(), empty.int(), none, none)
     lengths = torch.tensor([0, *(len(d.input_ids) for d in read)], dtype=torch.int32)
+    hidden = torch.cat([d.hidden for d in read])
     return Packed(
         torch.cat([d.input_ids for d in read]),
         torch.cat([d.loss_mask for d in read]),
         lengths.cumsum(0).int(),
-        torch.cat([d.hidden for d in read]),
+        hidden,
+        hidden,
     )
 
 
@@ -174,6 +177,7 @@ def measure(
     documents: np.ndarray,
     num_steps: int,
     *,
+    aux_layers: Sequence[int] = (),
     tokens_per_batch: int,
     dtype: torch.dtype,
     device: torch.device,
@@ -189,6 +193,7 @@ def measure(
         store: the store.
         documents: document numbers.
         num_steps: draft tokens K.
+        aux_layers: layers whose inputs the draft starts from; none for an MTP layer.
         tokens_per_batch: token budget of a forward pass.
         dtype, device: of the layer.
         rank, world_size: this rank and the number of ranks; each takes every `world_size`-th document.
@@ -204,11 +209,11 @@ def measure(
     passes = max(len(p) for p in plans)
     sources = store.source
     counts = {name: Tally.zeros(num_steps) for name in sorted(set(sources[documents]))}
-    column = state_column(store.contract)
+    states = state_columns(store.contract, aux_layers)
     with torch.no_grad():
         for number in range(passes):
             mine = plans[rank][number] if number < len(plans[rank]) else documents[:0]
-            batch = pack(_read(store, mine), column, dtype, device)
+            batch = pack(_read(store, mine, states), dtype, device)
             scored = batch.scored(num_steps)
             found = forward(batch, scored, scored.valid.float())
             if len(mine):
@@ -244,12 +249,6 @@ def plan(config: RunConfig) -> str:
     )
 
 
-def ready(config: RunConfig) -> None:
-    """Raises what `run` would: there is no store, or no such checkpoint."""
-    open_split(config)
-    run_dir.find_weights(config.run.dir, config.evaluate.checkpoint, config.require_target(), verify=False)
-
-
 def run(config: RunConfig) -> dict[str, Any]:
     """Measure a checkpoint on the held-out documents and write `RUN/evaluate.NAME.json`.
 
@@ -271,7 +270,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32
     layer = load_layer(target, weights=None if weights == target else weights, dtype=dtype, device=device)
-    check_lengths(store, layer.dims.index_topk)
+    check_lengths(store, layer.dims.index_topk)  # an EAGLE-3 draft has no indexer: dense at any length
     draft = Draft(layer, config.train)
     with task("evaluate", len(documents)) as bar:
         found = measure(
@@ -279,6 +278,7 @@ def run(config: RunConfig) -> dict[str, Any]:
             store,
             documents,
             config.evaluate.num_speculative_tokens,
+            aux_layers=layer.aux_layers,
             tokens_per_batch=config.train.tokens_per_rank,
             dtype=dtype,
             device=device,
@@ -286,4 +286,9 @@ def run(config: RunConfig) -> dict[str, Any]:
         )
     found |= {"checkpoint": name, "weights": str(weights), "store": config.train_store_path}
     write_json(run_dir.evaluation(config.run.dir, name), {"format": 1, **found})
+    log(
+        "evaluate",
+        f"{name}: acceptance length {found['acceptance_length']:.3f}, by position "
+        + " ".join(f"{share:.1%}" for share in found["acceptance_per_position"]),
+    )
     return found

@@ -24,8 +24,9 @@ from configs.run_dir import TENSORBOARD
 from configs.schema import RunConfig
 from train.attention import per_row
 from train.batch import Packed
-from train.dims import Dims
+from train.eagle3 import Eagle3Layer
 from train.loss import HeadLoss
+from train.model import Layer
 from train.plan import check_sinks
 from train.unroll import Scored
 
@@ -231,26 +232,35 @@ def work(batch: Packed, scored: Scored) -> Tensor:
     ).double()
 
 
-def model_flops(dims: Dims, tokens: int, anchors: int, keys: int, predictions: int, steps: int) -> float:
+def model_flops(layer: Layer, tokens: int, anchors: int, keys: int, predictions: int, steps: int) -> float:
     """Floating-point operations of the matrix products of an unroll and its loss, forward and backward.
 
     Args:
-        dims: sizes of the layer.
+        layer: the layer.
         tokens: tokens of all documents; step 0 projects them all.
         anchors, keys, predictions: from `work`.
         steps: draft steps.
     """
+    dims, K = layer.dims, len(layer.aux_layers)
     D, H, V = dims.hidden_size, dims.num_attention_heads, dims.vocab_size
     query = dims.qk_nope_head_dim + dims.qk_rope_head_dim
-    project = 2 * D * D + D * dims.q_lora_rank + dims.q_lora_rank * H * query
-    project += D * (dims.kv_lora_rank + dims.qk_rope_head_dim)
+    # of an EAGLE-3 layer the attention's input is 2 D wide; of an MTP one, eh_proj's
+    wide, joined = (2 * D, 0) if K else (D, 2 * D * D)
+    project = joined + wide * dims.q_lora_rank + dims.q_lora_rank * H * query
+    project += wide * (dims.kv_lora_rank + dims.qk_rope_head_dim)
     project += dims.kv_lora_rank * H * (dims.qk_nope_head_dim + dims.v_head_dim)
-    experts = 3 * (dims.num_experts_per_tok + dims.n_shared_experts) * D * dims.moe_intermediate_size
-    rest = H * dims.v_head_dim * D + dims.n_routed_experts * D + experts
-    layer = (tokens + (steps - 1) * anchors) * project + steps * anchors * rest
-    layer += steps * keys * H * (query + dims.v_head_dim)
-    # the head is frozen: the teacher's logits, and the students' with the gradient of their states alone
-    return 6 * layer + 2 * D * V * predictions * (1 + 2 * steps)
+    forward = 3 * D * dims.intermediate_size
+    if not K:
+        forward = 3 * (dims.num_experts_per_tok + dims.n_shared_experts) * D * dims.moe_intermediate_size
+        forward += dims.n_routed_experts * D
+    rest = H * dims.v_head_dim * D + forward
+    layers = tokens * K * D * D + (tokens + (steps - 1) * anchors) * project + steps * anchors * rest
+    layers += steps * keys * H * (query + dims.v_head_dim)
+    # the teacher's logits, and the students' with the gradient of their states; of a trained head its own too
+    own = layer.own_head.weight if isinstance(layer, Eagle3Layer) and layer.own_head is not None else None
+    N = layer.draft_vocab_size if isinstance(layer, Eagle3Layer) else V
+    passes = 3 if own is not None and own.requires_grad else 2
+    return 6 * layers + 2 * D * predictions * (V + passes * steps * N)
 
 
 def expert_load(rows_E: Tensor, passes: int) -> dict[str, float]:
@@ -260,6 +270,8 @@ def expert_load(rows_E: Tensor, passes: int) -> dict[str, float]:
         rows_E: rows sent to each expert by all passes.
         passes: draft steps times micro-batches times ranks.
     """
+    if not len(rows_E):
+        return {}  # a dense layer
     rows = rows_E.double()
     mean = float(rows.mean())
     return {
@@ -302,10 +314,12 @@ def detail(values: dict[str, Any], pace: Pace) -> str:
     """The text beside the progress bar, from the values of the step just done."""
     top1 = " ".join(f"{value:.3f}" for name, value in values.items() if name.startswith("train/top1_pos"))
     mfu = f" ({values['perf/mfu']:.0%} of the device)" if "perf/mfu" in values else ""
+    experts = ""
+    if "moe/max_over_mean" in values:
+        experts = f" | experts max {values['moe/max_over_mean']:.1f}x, {values['moe/idle_experts']} idle"
     skipped = f" | skipped {values['train/skipped_steps']}" if values["train/skipped_steps"] else ""
     return (
         f"loss {values['train/loss']:.4f} | top1 {top1} | lr {values['train/lr']:.1e}"
         f" | gnorm {values['train/grad_norm']:.2f}{skipped} | {pace.tokens / pace.seconds:,.0f} tok/s{mfu}"
-        f" | experts max {values['moe/max_over_mean']:.1f}x, {values['moe/idle_experts']} idle"
-        f" | data {pace.waited / pace.seconds:.1%} | mem {values['mem/peak_gib']:.1f} GiB"
+        f"{experts} | data {pace.waited / pace.seconds:.1%} | mem {values['mem/peak_gib']:.1f} GiB"
     )

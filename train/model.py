@@ -1,18 +1,67 @@
 """Reading the layer and the target's frozen tables from a checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from configs.eagle3 import recognise
 from configs.errors import InputError
+from export.check import map_problem
 from export.checkpoint import Checkpoint
-from export.keymap import keymap, to_training
+from export.keymap import eagle3_keymap, keymap, to_training
 from train.dims import Dims
+from train.eagle3 import Eagle3Layer
 from train.mtp import MTPLayer
 
-__all__ = ["layer_tensors", "load_layer", "load_tables"]
+__all__ = ["Layer", "eagle3_config", "layer_tensors", "load_layer", "load_tables", "make_layer"]
+
+Layer = MTPLayer | Eagle3Layer
+
+
+def eagle3_config(weights: Path | None, target: Checkpoint) -> dict[str, Any] | None:
+    """The config.json of an EAGLE-3 draft that a directory holds; None for an MTP layer.
+
+    Raises:
+        InputError: as `configs.eagle3.recognise`.
+    """
+    if weights is None or (draft := recognise(weights, target.config)) is None:
+        return None
+    if not draft.get("draft_vocab_size"):
+        # vLLM takes a head that is there, whatever the configuration says
+        source = Checkpoint(weights)
+        if "lm_head.weight" in source:
+            draft["draft_vocab_size"] = source.shape("lm_head.weight")[0]
+    return draft
+
+
+def make_layer(target: Mapping[str, Any], draft: Mapping[str, Any] | None) -> Layer:
+    """An empty layer: EAGLE-3 by its own config.json, the MTP layer for None."""
+    dims = Dims.from_config(dict(target))
+    return MTPLayer(dims) if draft is None else Eagle3Layer(dims, draft)
+
+
+def _eagle3_tensors(
+    weights: Path, draft: Mapping[str, Any], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    source = Checkpoint(weights)
+    written = {name.replace("midlayer.", "layers.0.", 1): name for name in source.names}
+    vocab_size, size = draft["vocab_size"], draft.get("draft_vocab_size")
+    held = {}
+    if size and size != vocab_size and "d2t" in written:
+        held["d2t"] = source.get("d2t")
+        t2d = source.get("t2d").bool() if "t2d" in written else None
+        if problem := map_problem(held["d2t"], t2d, vocab_size):
+            raise InputError(f"{weights}: {problem}", "export the draft again")
+        keep = held["d2t"] + torch.arange(len(held["d2t"]))
+        held["t2d"] = torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, keep, True)
+
+    def read(name: str) -> Tensor:
+        return held[name] if name in held else source.get(written[name], dtype=dtype)
+
+    return to_training(eagle3_keymap(draft), {**written, **held}, read, str(weights))
 
 
 def layer_tensors(
@@ -23,11 +72,14 @@ def layer_tensors(
     Args:
         target: the target checkpoint.
         weights: directory of trained tensors with checkpoint names; by default the released layer.
-        dtype: dtype of every tensor but the router bias, which is float32.
+        dtype: dtype of every tensor but the router bias, which is float32, and a vocabulary's maps.
 
     Raises:
         InputError: the layer is missing, incomplete, or of other sizes than config.json says.
     """
+    draft = eagle3_config(weights, target)
+    if draft is not None and weights is not None:
+        return _eagle3_tensors(weights, draft, dtype)
     source = Checkpoint(weights, config=target.config) if weights is not None else target
     scales = {source.scale_name(name) for name in source.names}
     names = [name for name in source.mtp_names() if name not in scales]
@@ -38,9 +90,7 @@ def layer_tensors(
     return to_training(keymap(target.config), names, read)
 
 
-def load_tables(
-    layer: MTPLayer, target: Checkpoint, *, dtype: torch.dtype, device: torch.device | str
-) -> None:
+def load_tables(layer: Layer, target: Checkpoint, *, dtype: torch.dtype, device: torch.device | str) -> None:
     """Give the layer the target's frozen embedding, head and final norm.
 
     Raises:
@@ -65,13 +115,13 @@ def load_layer(
     weights: Path | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-) -> MTPLayer:
-    """Load the MTP layer of a target, with the frozen embedding, head and final norm it needs.
+) -> Layer:
+    """Load a draft of a target, with the frozen embedding, head and final norm it needs.
 
     Args:
         checkpoint_dir: the target: config.json and safetensors files, bf16 or block fp8.
-        weights: directory of trained tensors (a training checkpoint's `weights`, or an export);
-            by default the released layer.
+        weights: directory of trained tensors (a training checkpoint's `weights`, or an export), of an
+            EAGLE-3 draft where its config.json says so; by default the released MTP layer.
         dtype: dtype of parameters and tables; the router bias stays float32.
         device: where they live.
 
@@ -80,7 +130,7 @@ def load_layer(
     """
     target = Checkpoint(checkpoint_dir)
     with torch.device("meta"):
-        layer = MTPLayer(Dims.from_config(target.config))
+        layer = make_layer(target.config, eagle3_config(weights, target))
     state = {name: x.to(device) for name, x in layer_tensors(target, weights, dtype=dtype)}
     layer.load_state_dict(state, assign=True)
     load_tables(layer, target, dtype=dtype, device=device)

@@ -55,6 +55,9 @@ class MTPLayer(DecoderLayer):
         embed_tokens, lm_head: [V, D]; norm_weight: [D], the target's `model.norm.weight`.
     """
 
+    masks_position_0 = True  # where the server does
+    aux_layers = ()
+
     embed_tokens: Tensor
     lm_head: Tensor
     norm_weight: Tensor

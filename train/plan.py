@@ -15,9 +15,10 @@ from configs.run_dir import META, directory, find_weights, read_meta
 from configs.schema import RunConfig, TrainConfig
 from configs.target import target_config
 from export.check import refuse_name
-from export.keymap import keymap
+from export.keymap import draft_keymap
 from featurestore import FeatureStore, steps_per_epoch
 from train.batch import open_split
+from train.start import new_config
 
 __all__ = [
     "Plan",
@@ -34,6 +35,8 @@ __all__ = [
 GIB = 2**30
 # a buffer, never trained
 BIAS = "e_score_correction_bias"
+# buffers of a pruned EAGLE-3 draft, which count as nothing
+MAPS = ("d2t", "t2d")
 # CUDA context, NCCL buffers, fragmentation
 OVERHEAD_BYTES = 5 * GIB
 
@@ -205,7 +208,12 @@ def total_steps(config: RunConfig, steps_per_epoch: int) -> int:
 
 
 def _memory(
-    config: RunConfig, model: dict[str, Any], trainable: int, frozen: int, tables: int
+    config: RunConfig,
+    model: dict[str, Any],
+    draft: dict[str, Any] | None,
+    trainable: int,
+    frozen: int,
+    tables: int,
 ) -> dict[str, int]:
     """Bytes of one rank: states are partitioned, the layer and for a while its gradients are gathered whole.
 
@@ -218,9 +226,11 @@ def _memory(
     heads = model["num_attention_heads"]
     query = model["qk_nope_head_dim"] + model["qk_rope_head_dim"]
     experts = model["num_experts_per_tok"]
+    if draft is not None:
+        F, experts = draft["intermediate_size"], 1
     kept = 10 * D + 2 * heads * (query + model["v_head_dim"]) + 2 * experts * F + model["q_lora_rank"]
     # rows gathered for the experts, their results and the gradients of both
-    passing = 3 * experts * D
+    passing = 3 * experts * D if draft is None else len(draft["eagle_aux_hidden_state_layer_ids"]) * D
     master = 4 if size == 2 else 0
     return {
         "parameters, master copies, moments and gradients": (
@@ -244,16 +254,23 @@ def plan(config: RunConfig) -> Plan:
         InputError: config.json describes another architecture.
         StoreError: there is a store and it cannot be read.
     """
-    train = config.train
-    refuse_name(config.export_dir)  # now, not after the days that training takes
+    train = config.trained
     model = target_config(config.require_target(), planning=True)
+    draft = None
+    if train.draft == "mtp":
+        refuse_name(config.export_dir)  # now, not after the days that training takes
+    else:
+        layers = model["num_hidden_layers"]
+        draft = new_config(config, model, list(config.dump.aux_layers) or [2, layers // 2, layers - 3])
     trainable = frozen = 0
-    ops = keymap(model)
+    ops = draft_keymap(model, draft)
     check_sinks(train)
     initial_weights(config, verify=False)
-    check_prefixes([op.training for op in ops if not op.training.endswith(BIAS)], train)
+    check_prefixes([op.training for op in ops if not op.training.endswith((BIAS, *MAPS))], train)
     for op in ops:
         count = math.prod(op.shape)
+        if op.training in MAPS:
+            continue
         if op.training.endswith(BIAS) or is_frozen(op.training, train):
             frozen += count
         else:
@@ -264,7 +281,7 @@ def plan(config: RunConfig) -> Plan:
         frozen=frozen,
         tables=tables,
         ranks=num_ranks(train),
-        memory_bytes=_memory(config, model, trainable, frozen, tables),
+        memory_bytes=_memory(config, model, draft, trainable, frozen, tables),
         tokens_per_step=train.tokens_per_rank * num_ranks(train) * train.gradient_accumulation_steps,
         **_data(config),
     )

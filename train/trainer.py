@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs import contract
 from configs.contract import require_same
 from configs.errors import ConfigError, Layer61Error
 from configs.files import write_json
@@ -28,14 +27,14 @@ from configs.progress import log, task
 from configs.run_dir import HELD_OUT, METRICS, clean, directory, verb_lock
 from configs.schema import RunConfig, TrainConfig
 from export.checkpoint import Checkpoint
-from export.keymap import Op, keymap
 from featurestore import FeatureStore, Loader
 from train import checkpoint, zero
-from train.batch import Packed, check_contract, check_lengths, held_out, open_split, pack, state_column
+from train.batch import Packed, check_contract, check_lengths, held_out, open_split, pack, state_columns
 from train.draft import Draft
 from train.evaluate import measure
 from train.metrics import Metrics, Pace, detail, expert_load, means, model_flops, open_sinks, sums, work
 from train.plan import check_initial, initial_weights, total_steps
+from train.start import Start, start
 from train.unroll import Scored
 
 __all__ = ["Stopped", "learning_rate", "train"]
@@ -129,7 +128,7 @@ class _Run:
     """A training run between two steps.
 
     Attributes:
-        ops: key map of the target.
+        plan: the kind of draft, and where it came from.
         metrics: writes on rank 0 only.
         schedule: optimizer steps in all, and what that number follows from.
         step: optimizer steps done.
@@ -144,7 +143,7 @@ class _Run:
     config: RunConfig
     loader: Loader
     engine: Any
-    ops: tuple[Op, ...]
+    plan: Start
     metrics: Metrics
     schedule: dict[str, Any]
     step: int
@@ -191,7 +190,6 @@ def train(config: RunConfig) -> dict[str, Any] | None:
 def _train(run: _Run, caught: list[int]) -> dict[str, Any]:
     config, rank, world = run.config, run.loader.rank, run.loader.world_size
     settings = config.train
-    column = state_column(run.loader.store.contract)
     device, dtype = zero.device(), zero.dtype_of(settings)
     if run.step == 0:
         _evaluate(run)
@@ -200,8 +198,7 @@ def _train(run: _Run, caught: list[int]) -> dict[str, Any]:
         while run.step < run.total:
             began = time.monotonic()
             batches = [
-                pack(next(run.loader), column, dtype, device)
-                for _ in range(settings.gradient_accumulation_steps)
+                pack(next(run.loader), dtype, device) for _ in range(settings.gradient_accumulation_steps)
             ]
             wait_s = time.monotonic() - began
             scored = [batch.scored(settings.num_steps) for batch in batches]
@@ -243,24 +240,36 @@ def _open(config: RunConfig, rank: int, world: int) -> _Run:
     settings, first = config.train, rank == 0
     store, target = open_split(config), Checkpoint(config.require_target())
     _check(config, store, target, first)
-    ops = keymap(target.config)
+    plan = start(config, store, target)
     if first:
         for change in clean(config.run.dir):
             log("train", change)
     saved = checkpoint.newest(config.run.dir)
     if saved is not None:
-        agreed, what = _contracts(config, store), f"checkpoint {saved.path} and this run"
+        agreed, what = _contracts(store, plan), f"checkpoint {saved.path} and this run"
         held = {key: saved.meta.get(key) for key in agreed}
         require_same(held, agreed, what, hint="choose another run directory")
     threads, pin = settings.loader_threads, torch.cuda.is_available()
-    loader = Loader(store, settings.tokens_per_rank, rank, world, config.run.seed, threads=threads, pin=pin)
+    states = state_columns(store.contract, plan.contract.aux_layers)
+    loader = Loader(
+        store,
+        settings.tokens_per_rank,
+        rank,
+        world,
+        config.run.seed,
+        threads=threads,
+        pin=pin,
+        states=states,
+    )
 
     # the layer is partitioned from its first byte on
-    ds_config = zero.deepspeed_config(settings, num_parameters=sum(math.prod(op.shape) for op in ops))
+    ds_config = zero.deepspeed_config(settings, num_parameters=sum(math.prod(op.shape) for op in plan.ops))
     weights = initial_weights(config, verify=first) if saved is None else None
     if weights is not None:
         check_initial(weights, store)
-    draft = Draft(zero.build_layer(target, settings, ds_config, weights), settings)
+    seed = config.run.seed
+    layer = zero.build_layer(target, config.trained, ds_config, weights, begin=plan, seed=seed)
+    draft = Draft(layer, settings)
     engine = zero.initialize(draft, settings, ds_config)
     if saved is not None:
         saved = checkpoint.load(engine, saved)
@@ -272,13 +281,13 @@ def _open(config: RunConfig, rank: int, world: int) -> _Run:
     sinks = open_sinks(config, kept) if first else []
     metrics = Metrics(config.run.dir / METRICS if first else None, kept, sinks)
     if first:
-        came = f"going on from {saved.path}" if saved else f"from {weights or 'the released layer'}"
+        came = f"going on from {saved.path}" if saved else f"from {weights or plan.origin}"
         log("train", f"{came}: {total - done:,} of {total:,} steps to do on {world} ranks, {settings.dtype}")
     evaluated = dict(saved.meta["metrics"]) if saved else {}
     skipped = saved.meta.get("skipped_steps", 0) if saved else 0
     position, now = loader.state_dict(), time.monotonic()
     return _Run(
-        config, loader, engine, ops, metrics, schedule, done, done, now, position, evaluated, split, skipped
+        config, loader, engine, plan, metrics, schedule, done, done, now, position, evaluated, split, skipped
     )
 
 
@@ -291,8 +300,8 @@ def _check(config: RunConfig, store: FeatureStore, target: Checkpoint, first: bo
     if first:
         # the head is two gigabytes: one rank reads it
         check_contract(store, target.directory)
-    check_lengths(store, target.config.get("index_topk") or 0)
-    state_column(store.contract)
+    if config.train.draft == "mtp":
+        check_lengths(store, target.config.get("index_topk") or 0)
 
 
 def _record_split(
@@ -326,10 +335,9 @@ def _record_split(
     return record
 
 
-def _contracts(config: RunConfig, store: FeatureStore) -> dict[str, Any]:
+def _contracts(store: FeatureStore, plan: Start) -> dict[str, Any]:
     """What a checkpoint says of the states it was trained on, and how."""
-    draft = contract.Draft(mask_position_0=config.train.mask_position_0)
-    return {"contract": store.contract, "draft": draft.model_dump(mode="json")}
+    return {"contract": store.contract, "draft": plan.contract.model_dump(mode="json")}
 
 
 def _next_pass(config: RunConfig, store: FeatureStore, state: dict[str, Any]) -> dict[str, Any]:
@@ -428,7 +436,7 @@ def _step(
     values = means(total, counts_S, passes)
     values |= {"train/lr": rate, "train/grad_norm": float(run.engine.get_global_grad_norm())}
     values |= {"data/anchor_share": anchors / tokens} | expert_load(rows_E, passes * num_steps)
-    return values, model_flops(draft.layer.dims, tokens, anchors, keys, predictions, num_steps)
+    return values, model_flops(draft.layer, tokens, anchors, keys, predictions, num_steps)
 
 
 def _count_skipped(run: _Run, batches: list[Packed], values: dict[str, Any]) -> dict[str, Any]:
@@ -478,6 +486,7 @@ def _evaluate(run: _Run) -> dict[str, Any]:
         store,
         held_out(store, config.train.evaluate_documents),
         config.evaluate.num_speculative_tokens,
+        aux_layers=run.plan.contract.aux_layers,
         tokens_per_batch=config.train.tokens_per_rank,
         dtype=zero.dtype_of(config.train),
         device=zero.device(),
@@ -496,10 +505,11 @@ def _evaluate(run: _Run) -> dict[str, Any]:
 
 def _save(run: _Run) -> None:
     """Save a checkpoint that goes on after `run.step`."""
-    meta = _contracts(run.config, run.loader.store) | {"loader": run.position, "metrics": run.evaluated}
+    meta = _contracts(run.loader.store, run.plan) | {"loader": run.position, "metrics": run.evaluated}
     meta |= {"held_out": run.split, "skipped_steps": run.skipped, "schedule": run.schedule}
     keep = run.config.train.keep_checkpoints
-    path = checkpoint.save(run.engine, run.ops, run.config.run.dir, run.step, meta, keep=keep)
+    ops, folder = run.plan.ops, run.config.run.dir
+    path = checkpoint.save(run.engine, ops, folder, run.step, meta, keep=keep, draft=run.plan.draft)
     run.saved_step, run.saved_at = run.step, time.monotonic()
     if run.loader.rank == 0:
         log("train", f"saved {path}")

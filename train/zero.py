@@ -32,11 +32,10 @@ from torch import Tensor, nn
 from configs.errors import ConfigError
 from configs.schema import TrainConfig
 from export.checkpoint import Checkpoint
-from export.keymap import keymap
-from train.dims import Dims
-from train.model import layer_tensors, load_tables
-from train.mtp import MTPLayer
+from train.blocks import MoE
+from train.model import Layer, load_tables, make_layer
 from train.plan import check_prefixes, is_frozen, learning_rate_factor
+from train.start import Start, released
 
 __all__ = [
     "Partition",
@@ -151,9 +150,15 @@ def gathered(parameters: Sequence[Any], modifier_rank: int | None = None) -> Any
 
 
 def build_layer(
-    target: Checkpoint, train: TrainConfig, ds_config: dict[str, Any], weights: Path | None = None
-) -> MTPLayer:
-    """Create the layer partitioned and fill it from a checkpoint, one tensor at a time.
+    target: Checkpoint,
+    train: TrainConfig,
+    ds_config: dict[str, Any],
+    weights: Path | None = None,
+    *,
+    begin: Start | None = None,
+    seed: int = 0,
+) -> Layer:
+    """Create the layer partitioned and fill it, one tensor at a time.
 
     No rank ever holds more than its partitions, one whole parameter and the frozen tables.
 
@@ -161,21 +166,23 @@ def build_layer(
         target: the target checkpoint.
         train: the settings.
         ds_config: from `deepspeed_config`.
-        weights: directory of trained tensors; by default the released layer.
+        weights: directory of tensors to begin with instead of `begin`'s own.
+        begin: the kind of draft and its first values; by default the released layer.
+        seed: of a random start.
 
     Raises:
         InputError: as `train.model.load_layer`.
     """
-    dtype = dtype_of(train)
+    begin, dtype = begin or released(target.config), dtype_of(train)
     # the dtype comes from the configuration; the argument of that name is ignored on CPU
     with deepspeed.zero.Init(config_dict_or_path=ds_config):
-        layer = MTPLayer(Dims.from_config(target.config))
+        layer = make_layer(target.config, begin.draft)
     first = dist.get_rank() == 0
     # only rank 0 reads; the partitions travel from there
-    tensors = layer_tensors(target, weights, dtype=dtype) if first else None
+    tensors = begin.tensors(target, seed, weights, dtype=dtype) if first else None
     parameters, buffers = dict(layer.named_parameters()), dict(layer.named_buffers())
     check_prefixes(parameters, train)
-    for op in keymap(target.config):
+    for op in begin.ops:
         name, value = next(tensors) if tensors is not None else (op.training, None)
         assert name == op.training
         if name in parameters:
@@ -184,7 +191,9 @@ def build_layer(
                     parameters[name].data.copy_(value)
         else:
             # the router bias decides near ties in float32, whatever the dtype of the layer
-            buffer = torch.empty(op.shape, dtype=torch.float32) if value is None else value
+            kind = buffers[name].dtype
+            buffer = torch.empty(op.shape, dtype=torch.float32 if kind.is_floating_point else kind)
+            buffer = buffer if value is None else value
             buffer = buffer.to(device())
             dist.broadcast(buffer, 0)
             owner, _, leaf = name.rpartition(".")
@@ -193,7 +202,8 @@ def build_layer(
     load_tables(layer, target, dtype=dtype, device=device())
     for name, parameter in parameters.items():
         parameter.requires_grad_(not is_frozen(name, train))
-    layer.mlp.experts.backend = None if train.moe_backend == "auto" else train.moe_backend  # type: ignore[union-attr]
+    if isinstance(layer.mlp, MoE):
+        layer.mlp.experts.backend = None if train.moe_backend == "auto" else train.moe_backend
     return layer
 
 

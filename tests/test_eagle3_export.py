@@ -1,0 +1,128 @@
+"""The exported EAGLE-3 directory: exact both ways, pruned before or after alike, refused when wrong."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from configs.eagle3 import draft_config
+from configs.errors import InputError
+from configs.files import write_json
+from export.check import check_eagle3
+from export.checkpoint import Checkpoint
+from export.eagle3 import export
+from export.keymap import eagle3_keymap
+from pipeline.tiny.write import random_checkpoint
+from train.model import load_layer
+
+AUX = (2, 3)
+KEEP = torch.tensor([1, *range(4, 500, 5)])
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory, tiny_config):
+    config = tiny_config.model_copy(update={"num_hidden_layers": 4})
+    return random_checkpoint(tmp_path_factory.mktemp("target") / "tiny", config)
+
+
+def write_draft(folder, target, **settings):
+    """Random weights of a draft as a checkpoint's `weights` hold them."""
+    config = draft_config(Checkpoint(target).config, AUX, **settings)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for op in eagle3_keymap(config):
+        std = op.shape[-1] ** -0.5 if len(op.shape) > 1 else 0.1
+        tensor = torch.randn(op.shape, generator=generator) * std + (len(op.shape) == 1)
+        tensors[op.checkpoint[0]] = tensor.bfloat16()
+    if "d2t" in tensors:
+        tensors["lm_head.weight"] = Checkpoint(target).get("lm_head.weight")[KEEP].bfloat16()
+        tensors["d2t"] = KEEP - torch.arange(len(KEEP))
+        tensors["t2d"] = torch.zeros(config["vocab_size"], dtype=torch.bool).index_fill_(0, KEEP, True)
+    folder.mkdir(parents=True)
+    write_json(folder / "config.json", config)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_the_directory_holds_every_tensor_and_says_what_servers_read(tmp_path, target):
+    weights = write_draft(tmp_path / "weights", target, fc_norm=True, carry="post_norm")
+    made = export(weights, target, tmp_path / "out")
+    assert made["servers"] == ["vllm", "sglang"]
+    trained, found = load_file(weights / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    assert found.keys() == trained.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in trained.items())
+    said = json.loads((tmp_path / "out/config.json").read_text())
+    assert said["model_type"] == "deepseek_v2"
+    assert said["eagle_aux_hidden_state_layer_ids"] == [2, 3]
+    assert said["eagle_config"] == {"eagle_aux_hidden_state_layer_ids": [2, 3], "use_aux_hidden_state": True}
+    assert (said["fc_norm"], said["norm_output"]) == (True, True)
+    for absent in ("draft_vocab_size", "num_nextn_predict_layers", "index_topk", "quantization_config"):
+        assert absent not in said
+    card = (tmp_path / "out/README.md").read_text()
+    assert '"method": "eagle3"' in card
+    assert "--speculative-algorithm EAGLE3" in card
+    assert export(weights, target, tmp_path / "out")["reused"]
+
+
+def test_pruning_before_or_after_training_gives_the_same_rows(tmp_path, target):
+    whole = write_draft(tmp_path / "whole", target)
+    before = write_draft(tmp_path / "before", target, draft_vocab_size=len(KEEP))
+    export(before, target, tmp_path / "a")
+    export(whole, target, tmp_path / "b", draft_vocab_size=len(KEEP), keep=lambda size: KEEP)
+    a, b = (load_file(tmp_path / f"{x}/model.safetensors") for x in "ab")
+    for name in ("lm_head.weight", "d2t", "t2d"):
+        assert torch.equal(a[name], b[name])
+    configs = [json.loads((tmp_path / f"{x}/config.json").read_text()) for x in "ab"]
+    assert configs[0] == configs[1]
+    layer = load_layer(target, weights=tmp_path / "b")
+    assert torch.equal(layer.keep, KEEP)
+    with pytest.raises(InputError, match="trained so"):
+        export(before, target, tmp_path / "c", draft_vocab_size=7, keep=lambda size: KEEP[:7])
+
+
+def damaged(folder, source, change):
+    """A copy of an export with its tensors and configuration changed by a function."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    change(tensors, config)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_what_a_server_would_not_notice_is_refused(tmp_path, target):
+    weights = write_draft(tmp_path / "weights", target, draft_vocab_size=len(KEEP))
+    good = tmp_path / "good"
+    export(weights, target, good)
+    assert check_eagle3(good, target) == {"vllm": [], "sglang": []}
+    cases = {
+        "missing: layers.0.hidden_norm.weight": lambda t, c: t.pop("layers.0.hidden_norm.weight"),
+        "missing: d2t": lambda t, c: t.pop("d2t"),
+        "does not have: embed_tokens.weight": lambda t, c: t.update({"embed_tokens.weight": torch.ones(2)}),
+        "d2t does not hold offsets": lambda t, c: t.update(d2t=KEEP.clone()),
+        "keep different tokens": lambda t, c: t.update(t2d=t["t2d"].roll(1)),
+        "has shape": lambda t, c: t.update({"norm.weight": torch.ones(3).bfloat16()}),
+        "num_nextn_predict_layers": lambda t, c: c.update(num_nextn_predict_layers=1),
+    }
+    for number, (message, change) in enumerate(cases.items()):
+        found = check_eagle3(damaged(tmp_path / str(number), good, change), target)
+        assert any(message in text for text in found["vllm"]), (message, found)
+        assert any(message in text for text in found["sglang"]), (message, found)
+    found = check_eagle3(
+        damaged(tmp_path / "v3", good, lambda t, c: c.update(model_type="deepseek_v3")), target
+    )
+    assert "MTP layer" in found["vllm"][0]
+    assert found["sglang"] == []
+
+
+def test_a_draft_that_is_not_finite_is_not_exported(tmp_path, target):
+    weights = write_draft(tmp_path / "weights", target)
+    tensors = load_file(weights / "model.safetensors")
+    tensors["fc.weight"][0, 0] = float("nan")
+    save_file(tensors, weights / "model.safetensors")
+    with pytest.raises(InputError, match=r"fc.weight holds NaN"):
+        export(weights, target, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
