@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from configs.contract import require_same
 from configs.errors import ConfigError, StoreError, StoreNotFoundError
 from configs.run_dir import META, directory, find_weights, read_meta
@@ -39,6 +41,10 @@ BIAS = "e_score_correction_bias"
 MAPS = ("d2t", "t2d")
 # CUDA context, NCCL buffers, fragmentation
 OVERHEAD_BYTES = 5 * GIB
+# elements of one gradient bucket; its buffer is allocated whole
+REDUCE_BUCKET = 500_000_000
+# elements that DeepSpeed updates at once
+SUB_GROUP = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -46,15 +52,18 @@ class Plan:
     """Sizes of a training run; `str()` gives the lines for a person.
 
     Attributes:
+        anchors: most anchors of a micro-batch, of at most `train.tokens_per_rank` tokens.
         trainable, frozen: parameters of the layer.
         tables: elements of embedding and head.
         ranks: ranks over which ZeRO partitions.
         memory_bytes: peak memory of a rank, by use.
         tokens_per_step: most tokens of an optimizer step.
         documents, tokens: what the store holds for training; None where there is no store yet.
+        checkpoint_bytes, kept: size of a checkpoint, and how many lie on the disk at most.
         steps: optimizer steps; None where they depend on a store that is not there.
     """
 
+    anchors: int
     trainable: int
     frozen: int
     tables: int
@@ -65,9 +74,11 @@ class Plan:
     tokens: int | None
     steps: int | None
     store: str
+    checkpoint_bytes: int
+    kept: int
 
     def __str__(self) -> str:
-        uses = ", ".join(f"{name} {size / GIB:.1f}" for name, size in self.memory_bytes.items())
+        uses = ", ".join(f"{name} {size / GIB:.1f}" for name, size in self.memory_bytes.items() if size)
         total = sum(self.memory_bytes.values()) / GIB
         if self.documents is None:
             data = f"no store at {self.store} yet, so the number of steps is open"
@@ -82,7 +93,10 @@ class Plan:
         return (
             f"{self.trainable:,} parameters trained, {self.frozen:,} of the layer frozen,"
             f" {self.tables:,} in the target's embedding and head\n"
-            f"memory of each of {self.ranks} ranks: at most {total:.1f} GiB ({uses})\n"
+            f"memory of each of {self.ranks} ranks: at most {total:.1f} GiB ({uses}),\n"
+            f"with {self.anchors:,} anchors among the tokens of a micro-batch\n"
+            f"a checkpoint is {self.checkpoint_bytes / GIB:.1f} GiB; at most {self.kept} lie on the disk,"
+            f" with the best and one being written: {self.kept * self.checkpoint_bytes / GIB:.1f} GiB\n"
             f"{data}\n"
             f"{steps}"
         )
@@ -214,35 +228,86 @@ def _memory(
     trainable: int,
     frozen: int,
     tables: int,
+    anchors: int,
+    longest: int,
 ) -> dict[str, int]:
-    """Bytes of one rank: states are partitioned, the layer and for a while its gradients are gathered whole.
+    """Bytes of one rank at its peak, by use: what stays, and the largest of what comes and goes.
 
-    Activations are what autograd keeps for each token and draft step: joined input and norms; queries, keys,
-    values and results of all heads; gate and up of all chosen experts.
+    Of the layer stay this rank's partitions and, gathered, all of it. Beyond that there are three peaks: at
+    the end of the forward everything autograd keeps, and the loss; at the end of the backward the rows from
+    which the gradients of the experts are formed, these gradients and a bucket; in the update a group of
+    gradients in float32 and the layer gathered anew. Tokens count where step 0 projects them, anchors where
+    a step of the unroll goes on.
+
+    Args:
+        config, model: the settings and the target's config.json.
+        draft: the config.json of an EAGLE-3 draft.
+        trainable, frozen, tables: elements of the layer, and of embedding and head.
+        anchors: most anchors of a micro-batch.
+        longest: tokens of the longest document.
     """
-    train = config.train
+    train, ranks = config.train, num_ranks(config.train)
     size = 2 if train.dtype == "bfloat16" else 4
-    D, F = model["hidden_size"], model["moe_intermediate_size"]
-    heads = model["num_attention_heads"]
-    query = model["qk_nope_head_dim"] + model["qk_rope_head_dim"]
-    experts = model["num_experts_per_tok"]
+    D, F, V = model["hidden_size"], model["moe_intermediate_size"], model["vocab_size"]
+    H, E, K = model["num_attention_heads"], model["n_routed_experts"], model["num_experts_per_tok"]
     if draft is not None:
-        F, experts = draft["intermediate_size"], 1
-    kept = 10 * D + 2 * heads * (query + model["v_head_dim"]) + 2 * experts * F + model["q_lora_rank"]
+        F, E, K = draft["intermediate_size"], 1, 1
+    L, low = model["kv_lora_rank"], model["q_lora_rank"]
+    nope, rope, value = model["qk_nope_head_dim"], model["qk_rope_head_dim"], model["v_head_dim"]
+    tokens, steps = train.tokens_per_rank, train.num_steps
+    rows = steps * anchors
+    # embedding, carried state, both joined, residual, normed; queries, keys, values and their latents
+    project = 6 * D + 3 * low + 2 * H * (nope + rope) + H * (nope + value) + 2 * L + rope
+    # residuals, normed, states, students and their gradients; heads, experts and the shared one
+    onwards = 8 * D + H * value + 2 * K * F + 4 * F
+    kept = (tokens + rows - anchors) * project + rows * onwards + anchors * (D + H * (nope + rope))
+    # in float32: rotary parts and the router's scores
+    kept_32 = (tokens + rows - anchors) * 2 * H * rope + rows * 4 * E
     # rows gathered for the experts, their results and the gradients of both
-    passing = 3 * experts * D if draft is None else len(draft["eagle_aux_hidden_state_layer_ids"]) * D
-    master = 4 if size == 2 else 0
-    return {
-        "parameters, master copies, moments and gradients": (
-            trainable * (size + master + 8 + 4) + frozen * size
-        )
-        // num_ranks(train),
-        "embedding and head": tables * size,
-        "gathered layer and its gradients": 2 * (trainable + frozen) * size,
-        "activations": train.tokens_per_rank * (train.num_steps * kept + passing) * size,
-        "logits of a chunk": 2 * (1 << 28) * size if size == 2 else 2 * (1 << 20) * size,
-        "runtime": OVERHEAD_BYTES if size == 2 else GIB // 2,
+    passing = 4 * anchors * K * D
+    if draft is not None:
+        # the layers of the target that it joins
+        passing = tokens * len(draft["eagle_aux_hidden_state_layer_ids"]) * D
+    on_gpu = size == 2
+    if on_gpu:
+        logits = 2 * max((1 << 28) // V // 128, 1) * 128 * V * size
+    else:
+        # the plain forms keep the attention's weights, and hold logits in several forms
+        kept_32 += 2 * rows * H * min(longest, tokens)
+        logits = 6 * max((1 << 19) // V, 64) * V * 4
+    forward = (kept + passing) * size + kept_32 * 4 + logits
+    experts = 3 * E * F * D
+    left = rows * (4 * K * F + 3 * D) + (0 if on_gpu else rows * K * D)
+    backward = (left + experts + min(REDUCE_BUCKET, trainable)) * size
+    update = min(trainable // ranks, SUB_GROUP) * 4 + trainable * size
+    peaks = {
+        "activations and loss": forward,
+        "gradients of the experts and their rows": backward,
+        "update": update,
     }
+    largest = max(peaks, key=lambda name: peaks[name])
+    return {
+        "partitions of parameters, master copies, moments and gradients": (
+            (trainable * (size + 4 + 8 + 4) + frozen * size) // ranks
+        ),
+        "layer": (trainable + frozen) * size,
+        "embedding and head": tables * size,
+        largest: peaks[largest],
+        "batches read ahead": 0 if on_gpu else 4 * tokens * D * size,
+        "runtime": OVERHEAD_BYTES if on_gpu else GIB // 2,
+    }
+
+
+def _most_anchors(config: RunConfig, store: FeatureStore) -> int:
+    """Most anchors that documents of at most `train.tokens_per_rank` tokens together can have."""
+    train, chosen = config.train, ~store.held_out
+    length, wanted = store.length[chosen].astype(np.int64), store.n_loss[chosen].astype(np.int64)
+    # each run of wanted tokens reaches back over as many places as there are steps; one run a document
+    anchors = np.minimum(wanted + train.num_steps - 1, length)
+    order = np.argsort(-anchors / length, kind="stable")
+    filled = np.minimum(np.cumsum(length[order]), train.tokens_per_rank)
+    share = (anchors / length)[order]
+    return math.ceil(float((np.diff(filled, prepend=0) * share).sum()))
 
 
 def plan(config: RunConfig) -> Plan:
@@ -276,14 +341,22 @@ def plan(config: RunConfig) -> Plan:
         else:
             trainable += count
     tables = 2 * model["vocab_size"] * model["hidden_size"]
+    data = _data(config)
+    # without a store every token may be an anchor
+    anchors = data.pop("anchors") or train.tokens_per_rank
+    longest = data.pop("longest") or config.prompts.max_length
     return Plan(
+        anchors=anchors,
         trainable=trainable,
         frozen=frozen,
         tables=tables,
         ranks=num_ranks(train),
-        memory_bytes=_memory(config, model, draft, trainable, frozen, tables),
+        memory_bytes=_memory(config, model, draft, trainable, frozen, tables, anchors, longest),
         tokens_per_step=train.tokens_per_rank * num_ranks(train) * train.gradient_accumulation_steps,
-        **_data(config),
+        # master weights and two moments; what is served, in bfloat16
+        checkpoint_bytes=12 * trainable + 2 * (trainable + frozen),
+        kept=train.keep_checkpoints + 2,
+        **data,
     )
 
 
@@ -293,7 +366,14 @@ def _data(config: RunConfig) -> dict[str, Any]:
     try:
         store = open_split(config)
     except StoreNotFoundError:
-        return {"documents": None, "tokens": None, "steps": train.max_steps, "store": path}
+        return {
+            "anchors": None,
+            "longest": None,
+            "documents": None,
+            "tokens": None,
+            "steps": train.max_steps,
+            "store": path,
+        }
     chosen = ~store.held_out
     lengths = store.length[chosen]
     if not len(lengths):
@@ -308,6 +388,8 @@ def _data(config: RunConfig) -> dict[str, Any]:
         seed=config.run.seed,
     )
     return {
+        "anchors": _most_anchors(config, store),
+        "longest": int(lengths.max()),
         "documents": len(lengths),
         "tokens": int(lengths.sum()),
         "steps": total_steps(config, steps),

@@ -34,7 +34,7 @@ from configs.schema import TrainConfig
 from export.checkpoint import Checkpoint
 from train.blocks import MoE
 from train.model import Layer, load_tables, make_layer
-from train.plan import check_prefixes, is_frozen, learning_rate_factor
+from train.plan import REDUCE_BUCKET, check_prefixes, is_frozen, learning_rate_factor
 from train.start import Start, released
 
 __all__ = [
@@ -56,8 +56,6 @@ __all__ = [
 ]
 
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-# elements of one gradient bucket; its buffer is allocated whole
-REDUCE_BUCKET = 500_000_000
 # elements; more than any layer has
 WHOLE = 100_000_000_000
 
