@@ -103,6 +103,8 @@ def read_blocks(file: BinaryIO) -> Iterator[tuple[int, memoryview]]:
     """Number and bytes of each block of a file; the bytes are valid until the next one is asked for."""
     buffer = memoryview(bytearray(BLOCK))
     for index in itertools.count():
+        # the disk fetches the next block while this one is looked at
+        os.posix_fadvise(file.fileno(), (index + 1) * BLOCK, BLOCK, os.POSIX_FADV_WILLNEED)
         count = 0
         while count < BLOCK and (more := file.readinto(buffer[count:])):  # type: ignore[attr-defined]
             count += more

@@ -393,6 +393,8 @@ def _read_slices(path: Path, entry: dict[str, Any], wanted: dict[str, tuple[int,
 
         def block(index: int) -> memoryview:
             f.seek(index * BLOCK)
+            # the disk fetches the next one while this one is checked and copied
+            os.posix_fadvise(f.fileno(), (index + 1) * BLOCK, BLOCK, os.POSIX_FADV_WILLNEED)
             piece = buffer[: min(BLOCK, entry["bytes"] - index * BLOCK)]
             count = 0
             while count < len(piece):
