@@ -1,6 +1,7 @@
 """TOML files and `section.key=value` overrides to one validated RunConfig."""
 
 import difflib
+import os
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -61,13 +62,13 @@ def _parse_override(text: str) -> tuple[list[str], Any]:
     name, equals, value = text.partition("=")
     path = name.strip().split(".")
     if not equals or len(path) < 2 or not all(path):
-        raise ConfigError(
-            f"{text!r} is not an override", "write section.key=value, for example train.learning_rate=1e-5"
-        )
+        near = _nearest(path[0]) if equals and len(path) == 1 else None
+        example = f"{near}={value}" if near and "." in near else "train.learning_rate=1e-5"
+        raise ConfigError(f"{text!r} is not an override", f"write section.key=value, for example {example}")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        parsed = value  # a bare word is a string
+        parsed = value  # a bare word is a string, but for `null` where nothing is the default
     return path, parsed
 
 
@@ -82,27 +83,58 @@ def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
 def _nearest(name: str) -> str | None:
     section, _, key = name.partition(".")
     if not key:
+        # a key without its section
+        if found := [f"{s}.{k}" for s, k, *_ in settings() if k == section]:
+            return " or ".join(found)
         return next(iter(difflib.get_close_matches(section, RunConfig.model_fields, n=1, cutoff=0.4)), None)
     keys = [k for s, k, *_ in settings() if s == section]
     found = difflib.get_close_matches(key, keys, n=1, cutoff=0.3)
     return f"{section}.{found[0]}" if found else None
 
 
-def _explain(error: ValidationError, source: str) -> ConfigError:
-    """Turn pydantic's report into one line for each fault."""
-    lines, hint = [], None
+# pydantic's words for what it expected, by its name of the fault
+EXPECTED = {
+    "tuple_type": "expected a list",
+    "dict_type": "expected a table",
+    "model_type": "expected a table of settings",
+    "string_type": "expected text",
+    "path_type": "expected a path",
+    "bool_type": "expected true or false",
+    "bool_parsing": "expected true or false",
+    "int_type": "expected a whole number",
+    "int_parsing": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "float_type": "expected a number",
+    "float_parsing": "expected a number",
+    "finite_number": "expected a finite number",
+}
+
+
+def _explain(error: ValidationError, sources: dict[str, str]) -> ConfigError:
+    """Turn pydantic's report into one line for each key."""
+    lines, hint = {}, None
     for fault in error.errors():
-        name = ".".join(str(part) for part in fault["loc"])
+        # a key that takes several types fails once for each
+        name = ".".join(str(part) for part in fault["loc"][:2])
+        section = name.partition(".")[0]
+        source = sources.get(name) or sources.get(section) or ", ".join(dict.fromkeys(sources.values()))
+        said = f" in {source}" if source else ""
         if fault["type"] == "extra_forbidden":
-            lines.append(f"unknown key {name} in {source}")
+            lines[name] = f"unknown key {name}{said}"
             near = _nearest(name)
             hint = hint or (f"did you mean {near}?" if near else None)
+            continue
+        text = fault["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+        text = EXPECTED.get(fault["type"], text)
+        if not name:
+            lines[text] = text + (f" ({source})" if source else "")
+        elif name in lines:
+            lines[name] = lines[name].replace(", got ", f" or {text.removeprefix('expected ')}, got ", 1)
         else:
-            text = fault["msg"].removeprefix("Value error, ")
-            lines.append(
-                f"{name} in {source}: {text}, got {fault['input']!r}" if name else f"{text} ({source})"
-            )
-    return ConfigError("; ".join(lines), hint or "layer61 VERB --help lists every key with its default")
+            lines[name] = f"{name}{said}: {text}, got {fault['input']!r}"
+    return ConfigError(
+        "; ".join(lines.values()), hint or "layer61 VERB --help lists every key with its default"
+    )
 
 
 def load_config(files: Sequence[Path | str], overrides: Sequence[str] = ()) -> RunConfig:
@@ -116,26 +148,65 @@ def load_config(files: Sequence[Path | str], overrides: Sequence[str] = ()) -> R
         ConfigError: missing file, bad grammar, unknown key (with the nearest known one), value out of range.
     """
     merged: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+
+    def take(new: dict[str, Any], source: str) -> None:
+        _merge(merged, new)
+        for section, table in new.items():
+            sources[section] = source
+            sources.update({f"{section}.{key}": source for key in table} if isinstance(table, dict) else {})
+
     for file in map(Path, files):
         if file.suffix == ".json" and file.is_file():
-            _merge(merged, _read_object(file, "name a TOML file, or the JSON file of a run"))
+            take(_read_object(file, "name a TOML file, or the JSON file of a run"), str(file))
         else:
-            _merge(merged, _read_toml(file))
+            take(_read_toml(file), str(file))
     for text in overrides:
         path, value = _parse_override(text)
         nested: dict[str, Any] = {path[-1]: value}
         for part in reversed(path[:-1]):
             nested = {part: nested}
-        _merge(merged, nested)
-    source = ", ".join([*map(str, files), *(["the command line"] if overrides else [])]) or "the defaults"
+        take(nested, "the command line")
     try:
         return RunConfig.model_validate(merged)
     except ValidationError as error:
-        raise _explain(error, source) from None
+        raise _explain(error, sources) from None
 
 
-def freeze(config: RunConfig, verb: str, sections: Sequence[str]) -> Path:
+# keys that name a place; where it is counts, not how it is written
+PLACES = frozenset(
+    {
+        ("target", "path"),
+        ("tiny", "conversations"),
+        ("prompts", "path"),
+        ("dump", "store"),
+        ("train", "store"),
+    }
+    | {("export", "dir")}
+)
+
+
+def _absolute(value: Any) -> Any:
+    """A place, or several, as they are from any other directory."""
+    if isinstance(value, list):
+        return [_absolute(v) for v in value]
+    return os.path.abspath(value) if isinstance(value, str) and "://" not in value else value
+
+
+def _resolved(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_resolved(v) for v in value]
+    return os.path.realpath(value) if isinstance(value, str) and "://" not in value else value
+
+
+def freeze(config: RunConfig, verb: str, sections: Sequence[str], *, write: bool = True) -> Path:
     """Write the settings a verb depends on to `RUN/config.<verb>.json`, or compare with those already there.
+
+    Args:
+        config: the settings.
+        verb: whose.
+        sections: sections that the verb depends on.
+        write: False compares only.
 
     Raises:
         ConfigError: an earlier start in this run directory had other values; every differing key is listed.
@@ -144,6 +215,8 @@ def freeze(config: RunConfig, verb: str, sections: Sequence[str]) -> Path:
     path = run_dir.settings(config.run.dir, verb)
     free = {(section, key) for section, key, _, _, is_free in settings() if is_free} | {("run", "dir")}
     values = config.model_dump(mode="json", include=set(sections) | {"run"})
+    for section, table in values.items():
+        table.update({key: _absolute(v) for key, v in table.items() if (section, key) in PLACES})
     # a key that the earlier start did not know had no other value than its default
     defaults = RunConfig().model_dump(mode="json")
     if path.exists():
@@ -154,11 +227,13 @@ def freeze(config: RunConfig, verb: str, sections: Sequence[str]) -> Path:
             for key, value in table.items()
             if (section, key) not in free
             and (was := earlier.get(section, {}).get(key, defaults[section][key])) != value
+            and not ((section, key) in PLACES and _resolved(was) == _resolved(value))
         ]
         if differing:
             raise ConfigError(
-                f"{config.run.dir} was started with other settings: {'; '.join(differing)}",
+                f"{config.run.dir.absolute()} was started with other settings: {'; '.join(differing)}",
                 "choose another run directory (RUN=... or run.dir=...), or restore these settings",
             )
-    write_json(path, values)
+    if write:
+        write_json(path, values)
     return path

@@ -40,6 +40,15 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_null(cls, given: Any) -> Any:
+        """TOML has no null: the word stands for it where nothing is the default."""
+        if not isinstance(given, dict):
+            return given
+        optional = {key for key, field in cls.model_fields.items() if field.default is None}
+        return {k: None if k in optional and v in ("null", "none") else v for k, v in given.items()}
+
 
 class RunSection(Section):
     dir: Path = Path("runs/run")
@@ -264,8 +273,8 @@ class Eagle3Config(Section):
 
 
 class EvaluateConfig(Section):
-    checkpoint: str = "last"
-    """`last`, `best`, `step_000200`, `released` (before training), or the path of a checkpoint or export."""
+    checkpoint: str = "best"
+    """`best`, `last`, `step_000200`, `released` (before training), or the path of a checkpoint or export."""
     num_speculative_tokens: int = Field(3, ge=1, le=16)
     """Draft tokens a step."""
     max_documents: int | None = Field(None, ge=1)
@@ -276,7 +285,7 @@ class ExportConfig(Section):
     dir: Path | None = None
     """Directory to write; by default `nextn` in the run directory, `eagle3` for such a draft."""
     checkpoint: str = "best"
-    """`best`, `last`, `step_000200`, `released`, or the path of a checkpoint."""
+    """`best`, `last`, `step_000200`, `released` (before training), or the path of a checkpoint or export."""
     layout: Literal["nextn", "sglang-legacy", "stitched"] = "nextn"
     """`nextn`: layer-61 names, both servers; `sglang-legacy`: layers.0; `stitched`: target plus draft."""
     quantization: Literal["auto", "none", "fp8"] = "auto"
@@ -288,6 +297,8 @@ class ExportConfig(Section):
 
 
 class VerifyConfig(Section):
+    checkpoint: str = "best"
+    """Which one the export must be of, named as in `export.checkpoint`; another one is not served."""
     num_speculative_tokens: int = Field(3, ge=1, le=MOST_DRAFTS)
     """Draft tokens a step."""
     max_conversations: int | None = Field(None, ge=1)

@@ -13,7 +13,7 @@ from export.check import refuse_name
 from export.keymap import DROPPED, is_quantized, layer_shapes
 from export.nextn import Entry, check_place, export, prepare
 
-__all__ = ["plan", "run"]
+__all__ = ["plan", "ready", "run"]
 
 
 def _arguments(config: RunConfig, *, verify: bool) -> dict[str, Any]:
@@ -65,6 +65,11 @@ def plan(config: RunConfig) -> str:
         f"a layer as {config.export.layout}, {'fp8' if as_fp8 else 'unquantised'}: {count:,} tensors,"
         f" {num_bytes / 1e9:,.3f} GB, to {config.export_dir.absolute()}; not yet: {waiting}"
     )
+
+
+def ready(config: RunConfig) -> None:
+    """Raises what `run` would: there is no such checkpoint."""
+    run_dir.find_weights(config.run.dir, config.export.checkpoint, config.require_target(), verify=False)
 
 
 def run(config: RunConfig, keep: eagle3.Keep | None = None) -> dict[str, Any]:

@@ -216,8 +216,13 @@ def show(
     }
 
 
-def render_show(found: dict[str, Any]) -> RenderableType:
-    """What `show` returns, for a person: the text with the target's own tokens marked, and the norms."""
+def render_show(found: dict[str, Any], *, brackets: bool = False) -> RenderableType:
+    """What `show` returns, for a person: the text with the target's own tokens marked, and the norms.
+
+    Args:
+        found: from `show`.
+        brackets: mark them with brackets, where there are no colours.
+    """
     head = Table(box=None, show_header=False)
     head.add_row("document", f"uid {found['uid']}, place {found['place']}, part {found['part']}")
     head.add_row("source", Text(found["source"] or "-"))
@@ -228,8 +233,14 @@ def render_show(found: dict[str, Any]) -> RenderableType:
             f"norm, state {norm['state']}",
             f"{norm['min']:.2f} to {norm['max']:.2f}, mean {norm['mean']:.2f}",
         )
-    text = Text()
+    text, marked = Text(), False
     for row in found["rows"]:
+        if brackets and row["loss"] != marked:
+            text.append("[" if row["loss"] else "]")
+        marked = row["loss"]
         piece = row["text"] if row["text"] is not None else f"{row['id']} "
         text.append(piece, style="bold green" if row["loss"] else "dim")
-    return Group(head, Text(), Text("marked: tokens the target has to produce"), text)
+    if brackets and marked:
+        text.append("]")
+    how = "in brackets" if brackets else "marked"
+    return Group(head, Text(), Text(f"{how}: tokens the target has to produce"), text)

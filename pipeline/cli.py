@@ -2,16 +2,16 @@
 
 import argparse
 import errno
+import io
 import json
 import os
-import signal
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from configs import run_dir
 from configs.errors import ConfigError, InputError, Layer61Error, StoreError
@@ -20,19 +20,11 @@ from configs.lock import hold
 from configs.progress import console, log
 from configs.schema import RunConfig
 from configs.target import target_config
+from pipeline.brief import brief
 
-__all__ = ["main"]
+__all__ = ["run"]
 
-# errors of the user's disk or path
-DISK_ERRORS = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.ENOTDIR,
-    errno.EEXIST,
-)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 EXIT_CODES = (
     "exit codes: 0 done, 1 failed, 2 bad configuration or usage, 3 input does not match, 130/143 interrupted"
 )
@@ -55,13 +47,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message, f"{self.prog} --help explains")
-
-
-class Interrupted(BaseException):
-    """A termination signal; carries its number to the exit code."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
 
 
 def _say(stage: str, lines: str) -> None:
@@ -88,13 +73,23 @@ def _stage(
     sections: Sequence[str],
     plan: Callable[[RunConfig], Any],
     run: Callable[[RunConfig], Any],
+    ready: Callable[[RunConfig], Any] = lambda config: None,
 ) -> int:
-    """Say what will be done, keep the settings in the run directory, do it, print the result as JSON."""
+    """Say what will be done, keep the settings in the run directory, do it, say what came of it.
+
+    A dry run ends with the error that the run would end with: what `ready` raises, or what the plan says is
+    missing.
+    """
     config = load_config(args.config, args.overrides)
-    _say(args.verb, str(plan(config)))
-    if args.dry_run:
-        return 0
+    freeze(config, args.verb, sections, write=False)
+    planned = plan(config)
+    _say(args.verb, str(planned))
     target_config(config.require_target())
+    if args.dry_run:
+        if missing := getattr(planned, "missing", ""):
+            raise InputError(missing, "the run would stop here")
+        ready(config)
+        return 0
     started = time.monotonic()
     with _alone(config, args.verb):
         first = not run_dir.settings(config.run.dir, args.verb).exists()
@@ -107,7 +102,9 @@ def _stage(
                 kept.unlink(missing_ok=True)
             raise
     if result is not None:
-        print(json.dumps(result, indent=2, default=str))  # noqa: T201 - data goes to stdout
+        text = json.dumps(result, indent=2, default=str) if args.json else brief(args.verb, result)
+        if text:
+            print(text, flush=True)  # noqa: T201 - results go to stdout
     log(args.verb, f"done in {time.monotonic() - started:.0f} s")
     return 0
 
@@ -128,14 +125,15 @@ def _dump(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     from train import launch
+    from train.batch import open_split
 
-    return _stage(args, ("target", "train", "eagle3"), launch.plan, launch.run)
+    return _stage(args, ("target", "train", "eagle3"), launch.plan, launch.run, open_split)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
     from train import evaluate
 
-    return _stage(args, ("target",), evaluate.plan, evaluate.run)
+    return _stage(args, ("target",), evaluate.plan, evaluate.run, evaluate.ready)
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -145,13 +143,13 @@ def _export(args: argparse.Namespace) -> int:
     def run(config: RunConfig) -> dict[str, Any]:
         return draft.run(config, lambda size: vocabulary.choose(config, size))
 
-    return _stage(args, ("target",), draft.plan, run)
+    return _stage(args, ("target",), draft.plan, run, draft.ready)
 
 
 def _verify(args: argparse.Namespace) -> int:
     from pipeline import verify
 
-    return _stage(args, ("target", "prompts"), verify.plan, verify.run)
+    return _stage(args, ("target", "prompts"), verify.plan, verify.run, verify.ready)
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -199,7 +197,8 @@ def _store(args: argparse.Namespace) -> int:
         if not (args.tokenizer / "tokenizer.json").is_file():
             raise InputError(f"{args.tokenizer} has no tokenizer.json", "name the directory of the target")
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    console_out(featurestore.render_show(featurestore.show(args.store, args.document, tokenizer)))
+    found = featurestore.show(args.store, args.document, tokenizer)
+    console_out(featurestore.render_show(found, brackets=not sys.stdout.isatty()))
     return 0
 
 
@@ -260,6 +259,7 @@ def _parser() -> Parser:
         verb.add_argument(
             "--dry-run", action="store_true", help="say what would be done, with sizes, and stop"
         )
+        verb.add_argument("--json", action="store_true", help="print the whole result as JSON")
 
     verb = add("target", "build and train the tiny V3.2-shaped target", ("run", "target", "tiny"))
     verb.add_argument("arguments", nargs="*", metavar="DIR, CONFIG or section.key=value")
@@ -304,19 +304,19 @@ def _split(args: argparse.Namespace) -> None:
             args.config.append(text)
 
 
-def _interrupt(number: int, _frame: Any) -> NoReturn:
-    raise Interrupted(number)
+def _plain(stream: TextIO) -> None:
+    """Write what the terminal's encoding lacks as an escape instead of failing."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return its exit code."""
-    # read when OpenMP is loaded, here and in child processes: threads that wait in a busy loop slow all down
-    # tenfold where something else wants a core
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    signal.signal(signal.SIGTERM, _interrupt)
+def run(words: list[str]) -> int:
+    """Run one verb and return its exit code; errors are one message, with what to do next."""
+    _plain(sys.stdout)
+    _plain(sys.stderr)
+    verb = words[0] if words and words[0] in (*VERBS, "target") else "VERB"
     try:
-        words = list(sys.argv[1:] if argv is None else argv)
-        if words and words[0] in (*VERBS, "target"):
+        if verb != "VERB":
             # argparse takes options between positional arguments only here
             words = [words[0], *sorted(words[1:], key=lambda word: not word.startswith("-"))]
         args = _parser().parse_args(words)
@@ -326,21 +326,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Layer61Error as error:
         console.print(f"error: {error.message}", markup=False, style="red")
         if error.hint:
-            console.print(f"hint: {error.hint}", markup=False)
+            console.print(f"hint: {error.hint.replace('layer61 VERB', f'layer61 {verb}')}", markup=False)
         return error.exit_code
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        console.print(f"error: {error.filename}: {error.strerror}", markup=False, style="red")
-        console.print("hint: check the path, its permissions and the free space", markup=False)
-        return 1
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command continues from what is saved")
-        return 128 + signal.SIGINT
-    except Interrupted as signalled:
-        console.print("terminated; the same command continues from what is saved")
-        return 128 + signalled.number
     except BrokenPipeError:
         # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.filename is None and error.errno not in DISK_FULL:
+            raise
+        place = error.filename or "the disk"
+        hint = "make room" if error.errno in DISK_FULL else "check the path and its permissions"
+        console.print(f"error: {place}: {error.strerror}", markup=False, style="red")
+        console.print(f"hint: {hint}, then start again", markup=False)
         return 1

@@ -72,6 +72,7 @@ def _stage(verb: str, files: Sequence[str], overrides: Sequence[str]) -> dict[st
         Layer61Error: the verb failed; its own message is already on the screen.
     """
     command = [sys.executable, "-m", "pipeline", verb, *files, *overrides]
+    command += [] if verb == "target" else ["--json"]
     log("demo", f"layer61 {verb}")
     with _child(command) as process:
         out, _ = process.communicate()
@@ -140,10 +141,13 @@ def run(files: Sequence[str], overrides: Sequence[str], *, dry_run: bool = False
     config = load_config(files, overrides)
     folder = config.run.dir
     if dry_run:
-        for verb in ("target", "dump"):
-            subprocess.run(
-                [sys.executable, "-m", "pipeline", verb, *files, *overrides, "--dry-run"], check=True
-            )
+        from pipeline import dump
+        from pipeline.tiny import target
+
+        # what a stage makes is not there for the next one
+        for verb, planned in (("target", target.dry_run(config.tiny)), ("dump", dump.plan(config))):
+            for line in str(planned).splitlines():
+                log(verb, line)
         log("demo", "then train, evaluate, export and verify from what the dump wrote")
         return 0
     places = {

@@ -26,6 +26,7 @@ from configs.provenance import vllm_version
 from configs.schema import MOST_DRAFTS, RunConfig
 from export.check import refuse_name
 from export.checkpoint import Checkpoint
+from export.directory import weights_identity
 from pipeline.conversations import input_exists
 from pipeline.greedy import compare
 from pipeline.measure import measure, read_logits
@@ -40,7 +41,7 @@ from pipeline.speculation import (
 )
 from pipeline.view import make_view
 
-__all__ = ["answer_room", "held_out", "plan", "run", "verify"]
+__all__ = ["answer_room", "held_out", "plan", "ready", "run", "verify"]
 
 PLAIN = "target alone"
 
@@ -288,6 +289,31 @@ def plan(config: RunConfig) -> str:
     )
 
 
+def ready(config: RunConfig) -> None:
+    """Refuse to serve another draft than `verify.checkpoint` says.
+
+    Raises:
+        InputError: there is no export, it is of another checkpoint, or there is no such checkpoint.
+    """
+    if "trained" not in config.verify.drafts:
+        return
+    out, which = config.export_dir, config.verify.checkpoint
+    again = f"layer61 export export.checkpoint={which}"
+    if not out.exists():
+        raise InputError(f"there is no export at {out.absolute()}", f"run `{again}` with the same settings")
+    if not (out / run_dir.META).is_file() or (which == "best" and not run_dir.committed(config.run.dir)):
+        return
+    wanted = run_dir.find_weights(config.run.dir, which, config.require_target(), verify=False)
+    manifest = run_dir.read_export(out, verify=False)
+    held = manifest["identity"]["weights"]
+    here = "released" if which == "released" else weights_identity(Checkpoint(wanted, config={}))
+    if held != here:
+        raise InputError(
+            f"{out.absolute()} holds {manifest.get('weights')}, verify.checkpoint = {which} is {wanted}",
+            f"run `{again} export.replace=true` with the same settings, or set verify.checkpoint",
+        )
+
+
 def run(config: RunConfig) -> dict[str, Any]:
     """`layer61 verify`: measure on the held-out conversations and write `verify.json` in the run directory.
 
@@ -298,6 +324,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     Raises:
         InputError: there is no export yet, or as `verify`.
     """
+    ready(config)
     settings = config.verify
     result = verify(
         config.require_target(),

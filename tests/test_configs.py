@@ -125,3 +125,77 @@ def test_run_directory_refuses_other_settings_and_lists_them(tmp_path):
         freeze(load_config([], [*base, "train.num_steps=3", "train.loss=ce"]), "train", ["train"])
     assert error.value.exit_code == 2
     assert load_config([tmp_path / "config.train.json"]).train.num_steps == 2
+
+
+def test_null_undoes_a_setting_of_a_file(tmp_path):
+    file = tmp_path / "a.toml"
+    file.write_text("[prompts]\nlimit = 800\n[train]\nmax_steps = 'null'\n")
+    assert load_config([file]).prompts.limit == 800
+    for word in ("null", "none"):
+        config = load_config([file], [f"prompts.limit={word}", f"export.dir={word}"])
+        assert (config.prompts.limit, config.export.dir, config.train.max_steps) == (None, None, None)
+    # where nothing is no choice, it is a word like any other
+    assert load_config([], ["serve.draft=none"]).serve.draft == "none"
+
+
+def test_an_error_names_the_file_or_the_command_line_that_holds_the_key(tmp_path):
+    first, second = tmp_path / "a.toml", tmp_path / "b.toml"
+    first.write_text("[train]\nnum_steps = 3\n")
+    second.write_text("[train]\nnum_steps = 99\nwarmup_steps = 1\n")
+    with pytest.raises(ConfigError) as error:
+        load_config([first, second], ["train.epochs=2"])
+    assert str(second) in error.value.message
+    assert str(first) not in error.value.message
+    assert "command line" not in error.value.message
+    with pytest.raises(ConfigError, match="in the command line"):
+        load_config([first], ["train.num_steps=99"])
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.freeze=3", "expected a list, got 3"),
+        ("train.max_steps=1.5", "expected a whole number, got 1.5"),
+        ("train.mask_position_0=maybe", "expected true or false, got 'maybe'"),
+        ("dump.vllm=3", "expected a table, got 3"),
+        ("prompts.path=3", "expected a path or a list, got 3"),
+        ("verify.max_tokens=1", "expected greater than or equal to 2, got 1"),
+        ("train.loss=mse", "expected 'kl', 'ce'"),
+    ],
+)
+def test_a_wrong_value_is_explained_in_plain_words(override, said):
+    with pytest.raises(ConfigError) as error:
+        load_config([], [override])
+    assert said in error.value.message
+    assert error.value.message.count(override.partition("=")[0]) == 1
+    assert not any(word in error.value.message for word in ("Input", "valid", "tuple", "dict"))
+
+
+def test_a_key_without_its_section_is_told_where_it_belongs(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        load_config([], ["max_steps=4"])
+    assert "train.max_steps=4" in error.value.hint
+    file = tmp_path / "a.toml"
+    file.write_text("max_steps = 4\n")
+    with pytest.raises(ConfigError) as error:
+        load_config([file])
+    assert error.value.hint == "did you mean train.max_steps?"
+
+
+def test_one_place_may_be_written_in_several_ways(tmp_path, monkeypatch):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    monkeypatch.chdir(tmp_path)
+    words = [f"run.dir={tmp_path / 'run'}"]
+    freeze(load_config([], [*words, "target.path=target"]), "train", ["target", "train"])
+    monkeypatch.chdir("/")
+    for same in (tmp_path / "target", tmp_path / "x" / ".." / "target", tmp_path / "link"):
+        freeze(load_config([], [*words, f"target.path={same}"]), "train", ["target", "train"])
+    with pytest.raises(ConfigError, match=r"target\.path was"):
+        freeze(load_config([], [*words, f"target.path={tmp_path}"]), "train", ["target", "train"])
+
+
+def test_a_comparison_of_settings_alone_writes_nothing(tmp_path):
+    config = load_config([], [f"run.dir={tmp_path / 'run'}"])
+    freeze(config, "train", ("train",), write=False)
+    assert not (tmp_path / "run").exists()

@@ -18,10 +18,10 @@ from configs.held_out import is_held_out, uid_group
 from configs.load import load_config
 from configs.schema import RunConfig
 from featurestore import StoreWriter, open_store
+from pipeline.__main__ import main
 from pipeline.blocks import blocks
 from pipeline.capture.probe import check_states
 from pipeline.capture.settings import contract
-from pipeline.cli import main
 from pipeline.dump import plan, run
 from pipeline.prompts import load_prompts
 
@@ -241,7 +241,7 @@ def command(config: RunConfig, run_dir: Path) -> list[str]:
     values = config.model_dump(mode="json", exclude_defaults=True)
     file = run_dir.with_suffix(".json")
     write_json(file, values | {"run": {"dir": str(run_dir)}})
-    return [sys.executable, "-m", "pipeline", "dump", str(file)]
+    return [sys.executable, "-m", "pipeline", "dump", "--json", str(file)]
 
 
 def parts_of(run_dir: Path) -> dict[str, int]:

@@ -500,7 +500,7 @@ def test_show_joins_characters_that_are_cut_over_tokens(tmp_path) -> None:
 
 
 def test_what_a_store_holds_is_no_markup(tmp_path, capsys) -> None:
-    from pipeline.cli import main
+    from pipeline.__main__ import main
 
     with StoreWriter(tmp_path / "s[b]", CONTRACT, durable=False) as writer:
         for uid, source in enumerate(("[red]data", "a:star:b", "[/foo]x")):

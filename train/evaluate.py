@@ -21,7 +21,7 @@ from torch import Tensor
 from configs import run_dir
 from configs.errors import StoreNotFoundError
 from configs.files import write_json
-from configs.progress import log, task
+from configs.progress import task
 from configs.schema import RunConfig
 from featurestore import FeatureStore
 from train.batch import Packed, check_contract, check_lengths, held_out, open_split, pack, state_columns
@@ -30,7 +30,7 @@ from train.loss import HeadLoss
 from train.model import load_layer
 from train.unroll import Scored
 
-__all__ = ["Tally", "measure", "plan", "run", "tally"]
+__all__ = ["Tally", "measure", "plan", "ready", "run", "tally"]
 
 
 class Tally(NamedTuple):
@@ -249,6 +249,12 @@ def plan(config: RunConfig) -> str:
     )
 
 
+def ready(config: RunConfig) -> None:
+    """Raises what `run` would: there is no store, or no such checkpoint."""
+    open_split(config)
+    run_dir.find_weights(config.run.dir, config.evaluate.checkpoint, config.require_target(), verify=False)
+
+
 def run(config: RunConfig) -> dict[str, Any]:
     """Measure a checkpoint on the held-out documents and write `RUN/evaluate.NAME.json`.
 
@@ -286,9 +292,4 @@ def run(config: RunConfig) -> dict[str, Any]:
         )
     found |= {"checkpoint": name, "weights": str(weights), "store": config.train_store_path}
     write_json(run_dir.evaluation(config.run.dir, name), {"format": 1, **found})
-    log(
-        "evaluate",
-        f"{name}: acceptance length {found['acceptance_length']:.3f}, by position "
-        + " ".join(f"{share:.1%}" for share in found["acceptance_per_position"]),
-    )
     return found

@@ -320,11 +320,11 @@ def plan(config: RunConfig) -> Plan:
         StoreError: there is a store and it cannot be read.
     """
     train = config.trained
-    model = target_config(config.require_target(), planning=True)
-    draft = None
     if train.draft == "mtp":
         refuse_name(config.export_dir)  # now, not after the days that training takes
-    else:
+    model = target_config(config.require_target(), planning=True)
+    draft = None
+    if train.draft != "mtp":
         layers = model["num_hidden_layers"]
         draft = new_config(config, model, list(config.dump.aux_layers) or [2, layers // 2, layers - 3])
     trainable = frozen = 0
