@@ -12,8 +12,8 @@ from configs.load import load_config
 from tests.stores import write_store
 from train import launch
 from train.batch import Packed
+from train.cost import device_tflops, model_flops, work
 from train.dims import Dims
-from train.metrics import device_tflops, model_flops, work
 from train.model import load_layer
 
 
@@ -80,7 +80,7 @@ def test_operations_counted_are_those_of_the_products(tiny_checkpoint):
     bounds = torch.tensor([0, 5, 8], dtype=torch.int32)
     batch = Packed(torch.zeros(8, dtype=torch.int64), mask, bounds, torch.zeros(8, 4))
     # anchors 1, 2 and 5 at places 1, 2 and 0 of their documents
-    assert work(batch, batch.scored(1)).tolist() == [3, 2 + 3 + 1, 3]
+    assert work(batch.cu_seqlens, batch.scored(1)).tolist() == [3, 2 + 3 + 1, 3]
 
 
 @pytest.mark.parametrize(

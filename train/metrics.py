@@ -6,7 +6,6 @@ Legend: E experts, S draft steps, M predicted tokens, T tokens.
 import hashlib
 import json
 import math
-import re
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -22,29 +21,19 @@ from configs.files import atomic_write
 from configs.progress import log
 from configs.run_dir import TENSORBOARD
 from configs.schema import RunConfig
-from train.attention import per_row
-from train.batch import Packed
-from train.eagle3 import Eagle3Layer
+from train.cost import device_tflops
 from train.loss import HeadLoss
-from train.model import Layer
 from train.plan import check_sinks
-from train.unroll import Scored
 
 __all__ = [
     "Metrics",
     "Pace",
     "detail",
-    "device_tflops",
     "expert_load",
     "means",
-    "model_flops",
     "open_sinks",
     "sums",
-    "work",
 ]
-
-# dense bfloat16, from the data sheets of the SXM forms
-TFLOPS = {"H100": 989.5, "H200": 989.5, "GH200": 989.5, "B200": 2250.0, "A100": 312.0}
 
 
 class Metrics:
@@ -211,56 +200,10 @@ def _device_tflops(dtype: torch.dtype) -> float | None:
     return device_tflops(torch.cuda.get_device_name())
 
 
-def device_tflops(name: str) -> float | None:
-    """Dense bfloat16 TFLOP/s of a device by its name; None for one that is not listed."""
-    words = re.split(r"[ -]", name)
-    return next((rate for word, rate in TFLOPS.items() if word in words and "PCIe" not in words), None)
-
-
 def _memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
-
-
-def work(batch: Packed, scored: Scored) -> Tensor:
-    """What the cost of a batch follows from: anchors, keys of step 0 they see, predictions; float64 [3]."""
-    starts_T = per_row(batch.cu_seqlens[:-1], batch.cu_seqlens, len(batch.input_ids))
-    keys = (scored.anchors - starts_T[scored.anchors] + 1).sum()
-    return torch.stack(
-        [keys.new_tensor(len(scored.anchors)), keys, keys.new_tensor(len(scored.tokens))]
-    ).double()
-
-
-def model_flops(layer: Layer, tokens: int, anchors: int, keys: int, predictions: int, steps: int) -> float:
-    """Floating-point operations of the matrix products of an unroll and its loss, forward and backward.
-
-    Args:
-        layer: the layer.
-        tokens: tokens of all documents; step 0 projects them all.
-        anchors, keys, predictions: from `work`.
-        steps: draft steps.
-    """
-    dims, K = layer.dims, len(layer.aux_layers)
-    D, H, V = dims.hidden_size, dims.num_attention_heads, dims.vocab_size
-    query = dims.qk_nope_head_dim + dims.qk_rope_head_dim
-    # of an EAGLE-3 layer the attention's input is 2 D wide; of an MTP one, eh_proj's
-    wide, joined = (2 * D, 0) if K else (D, 2 * D * D)
-    project = joined + wide * dims.q_lora_rank + dims.q_lora_rank * H * query
-    project += wide * (dims.kv_lora_rank + dims.qk_rope_head_dim)
-    project += dims.kv_lora_rank * H * (dims.qk_nope_head_dim + dims.v_head_dim)
-    forward = 3 * D * dims.intermediate_size
-    if not K:
-        forward = 3 * (dims.num_experts_per_tok + dims.n_shared_experts) * D * dims.moe_intermediate_size
-        forward += dims.n_routed_experts * D
-    rest = H * dims.v_head_dim * D + forward
-    layers = tokens * K * D * D + (tokens + (steps - 1) * anchors) * project + steps * anchors * rest
-    layers += steps * keys * H * (query + dims.v_head_dim)
-    # the teacher's logits, and the students' with the gradient of their states; of a trained head its own too
-    own = layer.own_head.weight if isinstance(layer, Eagle3Layer) and layer.own_head is not None else None
-    N = layer.draft_vocab_size if isinstance(layer, Eagle3Layer) else V
-    passes = 3 if own is not None and own.requires_grad else 2
-    return 6 * layers + 2 * D * predictions * (V + passes * steps * N)
 
 
 def expert_load(rows_E: Tensor, passes: int) -> dict[str, float]:

@@ -30,9 +30,10 @@ from export.checkpoint import Checkpoint
 from featurestore import FeatureStore, Loader
 from train import checkpoint, zero
 from train.batch import Packed, check_contract, check_lengths, held_out, open_split, pack, state_columns
+from train.cost import model_flops, work
 from train.draft import Draft
 from train.evaluate import measure
-from train.metrics import Metrics, Pace, detail, expert_load, means, model_flops, open_sinks, sums, work
+from train.metrics import Metrics, Pace, detail, expert_load, means, open_sinks, sums
 from train.plan import check_initial, initial_weights, total_steps
 from train.start import Start, start
 from train.unroll import Scored
@@ -427,7 +428,7 @@ def _step(
         run.engine.backward(found.loss)
         run.engine.step()
         total += sums(found, rows.valid)
-        sizes += work(batch, rows)
+        sizes += work(batch.cu_seqlens, rows)
     draft, passes = run.engine.module, run.loader.world_size * len(batches)
     parts = (total, sizes, draft.take_expert_rows().to(device, torch.float64))
     total, sizes, rows_E = zero.reduce(torch.cat(parts)).split([len(part) for part in parts])

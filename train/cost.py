@@ -1,0 +1,68 @@
+"""What a batch costs: its floating-point operations, and what devices can do.
+
+Imports neither settings nor stores, so that a bare machine with a GPU can count too.
+"""
+
+import re
+
+import torch
+from torch import Tensor
+
+from train.eagle3 import Eagle3Layer
+from train.model import Layer
+from train.unroll import Scored
+
+__all__ = ["device_tflops", "model_flops", "work"]
+
+# dense bfloat16, from the data sheets of the SXM forms
+TFLOPS = {"H100": 989.5, "H200": 989.5, "GH200": 989.5, "B200": 2250.0, "A100": 312.0}
+
+
+def device_tflops(name: str) -> float | None:
+    """Dense bfloat16 TFLOP/s of a device by its name; None for one that is not listed."""
+    words = re.split(r"[ -]", name)
+    return next((rate for word, rate in TFLOPS.items() if word in words and "PCIe" not in words), None)
+
+
+def work(cu_seqlens: Tensor, scored: Scored) -> Tensor:
+    """What the cost of a batch follows from: anchors, keys of step 0 they see, predictions; float64 [3].
+
+    Args:
+        cu_seqlens: document boundaries, int32 [B+1].
+        scored: what is predicted.
+    """
+    document_A = torch.searchsorted(cu_seqlens, scored.anchors.to(cu_seqlens.dtype), right=True) - 1
+    keys = (scored.anchors - cu_seqlens[document_A] + 1).sum()
+    sizes = [keys.new_tensor(len(scored.anchors)), keys, keys.new_tensor(len(scored.tokens))]
+    return torch.stack(sizes).double()
+
+
+def model_flops(layer: Layer, tokens: int, anchors: int, keys: int, predictions: int, steps: int) -> float:
+    """Floating-point operations of the matrix products of an unroll and its loss, forward and backward.
+
+    Args:
+        layer: the layer.
+        tokens: tokens of all documents; step 0 projects them all.
+        anchors, keys, predictions: from `work`.
+        steps: draft steps.
+    """
+    dims, K = layer.dims, len(layer.aux_layers)
+    D, H, V = dims.hidden_size, dims.num_attention_heads, dims.vocab_size
+    query = dims.qk_nope_head_dim + dims.qk_rope_head_dim
+    # of an EAGLE-3 layer the attention's input is 2 D wide; of an MTP one, eh_proj's
+    wide, joined = (2 * D, 0) if K else (D, 2 * D * D)
+    project = joined + wide * dims.q_lora_rank + dims.q_lora_rank * H * query
+    project += wide * (dims.kv_lora_rank + dims.qk_rope_head_dim)
+    project += dims.kv_lora_rank * H * (dims.qk_nope_head_dim + dims.v_head_dim)
+    forward = 3 * D * dims.intermediate_size
+    if not K:
+        forward = 3 * (dims.num_experts_per_tok + dims.n_shared_experts) * D * dims.moe_intermediate_size
+        forward += dims.n_routed_experts * D
+    rest = H * dims.v_head_dim * D + forward
+    layers = tokens * K * D * D + (tokens + (steps - 1) * anchors) * project + steps * anchors * rest
+    layers += steps * keys * H * (query + dims.v_head_dim)
+    # the teacher's logits, and the students' with the gradient of their states; of a trained head its own too
+    own = layer.own_head.weight if isinstance(layer, Eagle3Layer) and layer.own_head is not None else None
+    N = layer.draft_vocab_size if isinstance(layer, Eagle3Layer) else V
+    passes = 3 if own is not None and own.requires_grad else 2
+    return 6 * layers + 2 * D * predictions * (V + passes * steps * N)
