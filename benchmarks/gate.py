@@ -1,12 +1,14 @@
 """What a kernel benchmark needs before and around the measuring: a green test, a clock, the device's rate."""
 
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +18,26 @@ from configs.provenance import versions
 ROOT = Path(__file__).parent.parent
 
 
+# plugins may need packages that the kernels do not
+KERNEL_TESTS: dict[str, Any] = {
+    "cwd": ROOT,
+    "env": os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+    "capture_output": True,
+    "text": True,
+}
+
+
+def kernel_tests(*arguments: str) -> list[str]:
+    """A command that runs tests of tests/kernels, without the fixtures of all the others."""
+    folder = ROOT / "tests" / "kernels"
+    paths = [str(folder / a) if a.startswith("test_") else a for a in arguments]
+    return [sys.executable, "-m", "pytest", "-q", f"--confcutdir={folder}", *paths]
+
+
 def require_green(test: str) -> None:
     """Run a test file of tests/kernels; exit with its output if it fails."""
     print(f"running {test} first ...", flush=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", str(ROOT / "tests" / "kernels" / test)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    run = subprocess.run(kernel_tests("-x", test), **KERNEL_TESTS, check=False)
     if run.returncode:
         said = f"{run.stdout}{run.stderr}(pytest ended with {run.returncode})"
         sys.exit(f"{said}\n{test} is red: nothing is measured until it is green")
@@ -49,11 +66,19 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 def in_turn(
     work: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of each contender, the contenders taking turns; two rounds of warming up are left out."""
+    """Seconds of each contender, the contenders taking turns; two rounds of warming up are left out.
+
+    A contender that runs out of memory is left out.
+    """
     taken: dict[str, list[float]] = {name: [] for name in work}
     for number in range(rounds + 2):
-        for name, function in work.items():
-            second = seconds(function, device)
+        for name in list(taken):
+            try:
+                second = seconds(work[name], device)
+            except torch.OutOfMemoryError:
+                print(f"{name} needs more memory than there is; left out")
+                del taken[name]
+                continue
             if number >= 2:
                 taken[name].append(second)
     return taken

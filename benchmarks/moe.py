@@ -1,9 +1,11 @@
 """Speed of the routed experts, forward and backward, beside every peer that is installed.
 
-    python -m benchmarks.moe [TOKENS,HIDDEN,INTERMEDIATE,EXPERTS,TOPK ...] [--dtype bfloat16] [--rounds 15]
+    python -m benchmarks.moe [TOKENS,HIDDEN,INTERMEDIATE,EXPERTS,TOPK[,SKEW] ...] [--dtype bfloat16]
 
 Without a problem: on a GPU the layer's own shapes (256 experts with 8,192 and 32,768 tokens, a slice of 32
-experts with 65,536 rows); on CPU the tiny model's and 64 experts with 512 tokens, in float32 and bfloat16.
+experts with 65,536 rows, and 3,700 tokens, a micro-batch of anchors, with a skewed router); on CPU the tiny
+model's and 64 experts with 512 tokens, in float32 and bfloat16. A skew is the standard deviation of the
+experts' own scores, where that of a token's is 1; 0 spreads the rows evenly.
 
 Contenders take turns, so that a busy machine slows all of them; figures are medians, ratios are medians of
 the ratios within a round. Refuses to measure if the test or the comparison on this device fails. The last
@@ -15,7 +17,7 @@ import statistics
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -26,29 +28,47 @@ from benchmarks import gate
 from train.kernels.moe import default_backend, moe
 from train.kernels.moe_ref import moe_reference
 
-Problem = tuple[int, int, int, int, int]
-GPU: list[Problem] = [(8192, 7168, 2048, 256, 8), (32768, 7168, 2048, 256, 8), (65536, 7168, 2048, 32, 1)]
-CPU: list[Problem] = [(2048, 256, 128, 16, 4), (512, 256, 128, 64, 8)]
 Step = Callable[[], tuple[Tensor, ...]]
 
 
+class Problem(NamedTuple):
+    """Sizes of a problem."""
+
+    tokens: int
+    hidden: int
+    intermediate: int
+    experts: int
+    topk: int
+    skew: float = 0.0
+
+
+GPU = [
+    Problem(8192, 7168, 2048, 256, 8),
+    Problem(32768, 7168, 2048, 256, 8),
+    Problem(65536, 7168, 2048, 32, 1),
+    Problem(3700, 7168, 2048, 256, 8, 0.5),
+]
+CPU = [Problem(2048, 256, 128, 16, 4), Problem(512, 256, 128, 64, 8)]
+
+
 def parse(text: str) -> Problem:
-    """A problem of the command line. Raises ValueError if it is not five numbers."""
-    T, D, F, E, K = map(int, text.split(","))
-    return T, D, F, E, K
+    """A problem of the command line. Raises ValueError if it is not five numbers or six."""
+    T, D, F, E, K, *skew = text.split(",")
+    return Problem(int(T), int(D), int(F), int(E), int(K), *map(float, skew))
 
 
 def tensors(problem: Problem, dtype: torch.dtype, device: torch.device) -> SimpleNamespace:
-    """Inputs of a problem, evenly spread over the experts as a trained router spreads them."""
-    T, D, F, E, K = problem
+    """Inputs of a problem, its rows spread over the experts as its skew says."""
+    T, D, F, E, K, skew = problem
     torch.manual_seed(0)
+    scores = torch.randn(T, E, device=device) + skew * torch.randn(E, device=device)
 
     def normal(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device).normal_(std=shape[-1] ** -0.5)
 
     return SimpleNamespace(
         x=normal(T, D).requires_grad_(),
-        ids=torch.rand(T, E, device=device).topk(K, 1).indices,
+        ids=scores.topk(K, 1).indices,
         weights=torch.rand(T, K, device=device).requires_grad_(),
         w1=normal(E, F, D).requires_grad_(),
         w3=normal(E, F, D).requires_grad_(),
@@ -86,10 +106,15 @@ def contenders(t: SimpleNamespace, device: torch.device) -> dict[str, Step]:
 
         return run
 
-    from transformers import DeepseekV3Config
-    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
-
-    for implementation in ("eager", "grouped_mm"):
+    try:
+        from transformers import DeepseekV3Config
+        from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
+    except ImportError:
+        print("transformers is not installed; left out")
+        implementations = []
+    else:
+        implementations = ["eager", "grouped_mm"]
+    for implementation in implementations:
         E, F, D = t.w1.shape
         config = DeepseekV3Config(n_routed_experts=E, moe_intermediate_size=F, hidden_size=D)
         config._experts_implementation = implementation
@@ -113,8 +138,8 @@ def contenders(t: SimpleNamespace, device: torch.device) -> dict[str, Step]:
 
 def check(problem: Problem, dtype: torch.dtype, device: torch.device) -> None:
     """Every contender against the loop in the same dtype, with few tokens and few experts."""
-    T, D, F, E, K = problem
-    small = tensors((min(T, 512), D, F, min(E, 16), min(K, 8)), dtype, device)
+    T, D, F, E, K, skew = problem
+    small = tensors(Problem(min(T, 512), D, F, min(E, 16), min(K, 8), skew), dtype, device)
     work = contenders(small, device)
     expected = work["loop"]()
     for name, step in work.items():
@@ -126,14 +151,14 @@ def measure(
 ) -> dict[str, dict[str, float | None]]:
     """One row a contender."""
     check(problem, dtype, device)
-    T, D, F, _, K = problem
+    T, D, F, _, K, _ = problem
     work: dict[str, Step] = contenders(tensors(problem, dtype, device), device)
     seconds = gate.in_turn(work, rounds, device)
     teraflop = 18 * T * K * D * F / 1e12
     rows: dict[str, dict[str, float | None]] = {}
-    for name, step in work.items():
+    for name in seconds:
         took = statistics.median(seconds[name])
-        peak = gate.peak_bytes(step, device)
+        peak = gate.peak_bytes(work[name], device)
         rows[name] = {
             "ms": round(took * 1e3, 3),
             "tflops": round(teraflop / took, 4),
@@ -146,7 +171,9 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("problems", nargs="*", type=parse, help="TOKENS,HIDDEN,INTERMEDIATE,EXPERTS,TOPK")
+    parser.add_argument(
+        "problems", nargs="*", type=parse, help="TOKENS,HIDDEN,INTERMEDIATE,EXPERTS,TOPK[,SKEW]"
+    )
     parser.add_argument("--dtype", nargs="+", choices=["bfloat16", "float32"])
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
@@ -161,9 +188,10 @@ def main() -> None:
         rate = gate.matrix_rate(device, dtype)
         for problem in problems:
             rows = measure(problem, dtype, device, arguments.rounds, rate)
-            T, D, F, E, K = problem
+            T, D, F, E, K, skew = problem
             title = (
-                f"{name}: {T} tokens, {D} x {F}, {E} experts, top {K}; a large product: {rate:.3g} TFLOP/s"
+                f"{name}: {T} tokens, {D} x {F}, {E} experts, top {K}, skew {skew};"
+                f" a large product: {rate:.3g} TFLOP/s"
             )
             table = Table("", "ms", "TFLOP/s", "share", "peak GiB", "time / layer61's", title=title)
             for who, row in rows.items():

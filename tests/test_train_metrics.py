@@ -70,11 +70,11 @@ def test_operations_counted_are_those_of_the_products(tiny_checkpoint):
         if p.dim() > 1 and "indexer" not in name
     )
     # one step with every token an anchor: each weight once forward, twice backward
-    assert model_flops(dims, 100, 100, 0, 0, 1) == 6 * 100 * active
+    assert model_flops(layer, 100, 100, 0, 0, 1) == 6 * 100 * active
     # a student and the teacher through the head, the gradient of the student's states
-    assert model_flops(dims, 0, 0, 0, 10, 1) == 10 * 3 * 2 * dims.vocab_size * dims.hidden_size
+    assert model_flops(layer, 0, 0, 0, 10, 1) == 10 * 3 * 2 * dims.vocab_size * dims.hidden_size
     scores = dims.num_attention_heads * (dims.qk_nope_head_dim + dims.qk_rope_head_dim + dims.v_head_dim)
-    assert model_flops(dims, 0, 0, 7, 0, 2) == 2 * 6 * 7 * scores
+    assert model_flops(layer, 0, 0, 7, 0, 2) == 2 * 6 * 7 * scores
 
     mask = torch.tensor([0, 0, 0, 1, 1, 0, 0, 1], dtype=torch.bool)
     bounds = torch.tensor([0, 5, 8], dtype=torch.int32)
