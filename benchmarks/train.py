@@ -145,6 +145,7 @@ def contenders(dtype: torch.dtype) -> dict[str, Callable[[], float]]:
         torch.ones(DOCUMENTS * LENGTH, dtype=torch.bool),
         torch.arange(0, DOCUMENTS * LENGTH + 1, LENGTH, dtype=torch.int32),
         hidden.flatten(0, 1),
+        hidden.flatten(0, 1),
     )
     rows = batch.scored(STEPS)
     weights = rows.valid / (DOCUMENTS * LENGTH)

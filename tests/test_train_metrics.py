@@ -78,7 +78,8 @@ def test_operations_counted_are_those_of_the_products(tiny_checkpoint):
 
     mask = torch.tensor([0, 0, 0, 1, 1, 0, 0, 1], dtype=torch.bool)
     bounds = torch.tensor([0, 5, 8], dtype=torch.int32)
-    batch = Packed(torch.zeros(8, dtype=torch.int64), mask, bounds, torch.zeros(8, 4))
+    states = torch.zeros(8, 4)
+    batch = Packed(torch.zeros(8, dtype=torch.int64), mask, bounds, states, states)
     # anchors 1, 2 and 5 at places 1, 2 and 0 of their documents
     assert work(batch.cu_seqlens, batch.scored(1)).tolist() == [3, 2 + 3 + 1, 3]
 
