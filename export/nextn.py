@@ -499,7 +499,7 @@ def _write_tensors(
     errors: dict[str, dict[str, float]] = {}
     weight_map: dict[str, str] = {}
     unchanged = 0
-    with task("export", plan.num_bytes) as progress:
+    with task("export", plan.num_bytes, "bytes") as progress:
         for file, entries in plan.files.items():
             tensors: dict[str, torch.Tensor] = {}
             for entry in entries:

@@ -94,7 +94,10 @@ def verify(
         markers = _markers(entries, committed, unnamed, report)
         entries += _unpublished(objects, entries, committed, manifest, report)
     threads = threads or os.cpu_count() or 1
-    with task("verify", sum(e["bytes"] for e in entries)) as progress, ThreadPoolExecutor(threads) as pool:
+    with (
+        task("verify", sum(e["bytes"] for e in entries), "bytes") as progress,
+        ThreadPoolExecutor(threads) as pool,
+    ):
         checks = [
             pool.submit(_check_part, objects, entry, rows.get(number), progress.advance)
             for number, entry in enumerate(entries)

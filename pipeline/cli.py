@@ -17,7 +17,7 @@ from configs import run_dir
 from configs.errors import ConfigError, InputError, Layer61Error, StoreError
 from configs.load import freeze, load_config, settings
 from configs.lock import hold
-from configs.progress import console, log
+from configs.progress import log, say
 from configs.schema import RunConfig
 from configs.target import target_config
 from pipeline.brief import brief
@@ -324,9 +324,9 @@ def run(words: list[str]) -> int:
             _split(args)
         return args.call(args)
     except Layer61Error as error:
-        console.print(f"error: {error.message}", markup=False, style="red")
+        say(f"error: {error.message}", style="red")
         if error.hint:
-            console.print(f"hint: {error.hint.replace('layer61 VERB', f'layer61 {verb}')}", markup=False)
+            say(f"hint: {error.hint.replace('layer61 VERB', f'layer61 {verb}')}")
         return error.exit_code
     except BrokenPipeError:
         # the reader of our output went away
@@ -337,6 +337,6 @@ def run(words: list[str]) -> int:
             raise
         place = error.filename or "the disk"
         hint = "make room" if error.errno in DISK_FULL else "check the path and its permissions"
-        console.print(f"error: {place}: {error.strerror}", markup=False, style="red")
-        console.print(f"hint: {hint}, then start again", markup=False)
+        say(f"error: {place}: {error.strerror}", style="red")
+        say(f"hint: {hint}, then start again")
         return 1

@@ -17,7 +17,7 @@ from configs import run_dir
 from configs.errors import Layer61Error
 from configs.files import read_json, write_json
 from configs.load import load_config
-from configs.progress import console, log
+from configs.progress import console, log, say
 from configs.provenance import collect
 from configs.schema import RunConfig
 
@@ -193,11 +193,11 @@ def run(files: Sequence[str], overrides: Sequence[str], *, dry_run: bool = False
     write_json(folder / run_dir.SUMMARY, summary)
     console.print(_table(summary, config))
     greedy = served["greedy"]
-    console.print(
+    say(
         f"greedy output with the draft: {greedy['equal']} of {greedy['requests']} equal to plain decoding,"
         f" {greedy['ties']} diverge at a tie (within the target's own rounding), {greedy['different']} differ"
     )
     for verb, place in places.items():
-        console.print(f"{verb:<9} {place}")
-    console.print(f"summary   {folder / run_dir.SUMMARY}")
+        say(f"{verb:<9} {place}")
+    say(f"summary   {folder / run_dir.SUMMARY}")
     return 0

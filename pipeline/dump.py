@@ -230,24 +230,22 @@ def _capture_here(
 ) -> None:
     log("dump", f"starting vLLM, its log is {settings.log}")
     session = Session(settings, config.run.dir / run_dir.PROBE if config.dump.probe else None, probe_ids)
-    total = sum(b.most_tokens for b in mine)
-    waiting = {b.name for b in todo}
-    done = sum(b.most_tokens for b in mine if b.name not in waiting)
+    total = sum(len(b.documents) for b in mine)
+    done = total - sum(len(b.documents) for b in todo)
     try:
-        with task("dump", total, start=done) as progress:
+        with task("dump", total, "documents", start=done) as progress:
             for block in todo:
-                before = progress.done
+                end = progress.done + len(block.documents)
 
-                def advance(tokens: int) -> None:
+                def advance(tokens: int, end: float = end) -> None:
                     rate = captured["tokens"] / max(time.monotonic() - session.ready, 1e-3)
-                    progress.advance(tokens, f"{rate:,.0f} tokens/s" if captured["tokens"] else "")
+                    # a block that is tried again finishes some documents twice
+                    one = int(progress.done < end)
+                    progress.advance(one, f"{rate:,.0f} tokens/s" if captured["tokens"] else "")
 
                 result = session.run(block, advance)
                 captured["tokens"] += result.tokens if result else 0
-                # answers shorter than the longest possible leave less to do than was announced
-                rest = block.most_tokens - (progress.done - before)
-                written = f"{captured['tokens']:,} tokens written"
-                progress.advance(rest, written)
+                progress.advance(end - progress.done, f"{captured['tokens']:,} tokens written")
         session.close(CLOSE_SECONDS)
     finally:
         captured["start"] = session.start_seconds

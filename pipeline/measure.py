@@ -53,7 +53,10 @@ def measure(name: str, job: dict[str, Any]) -> dict[str, Any]:
     theirs.close()
     try:
         rounds = 2 if job["temperature"] else 1
-        with task(f"verify: {name}", rounds * len(job["prompts"])) as progress, contextlib.suppress(EOFError):
+        with (
+            task(f"verify: {name}", rounds * len(job["prompts"]), "answers") as progress,
+            contextlib.suppress(EOFError),
+        ):
             while result is None:
                 kind, value = ours.recv()
                 if kind == "progress":

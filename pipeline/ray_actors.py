@@ -35,8 +35,8 @@ def capture_over_ray(config: RunConfig, todo: Sequence[Block], captured: dict[st
     log("dump", f"{len(todo):,} blocks over {actors} Ray actors with {gpus} GPUs each")
     remote = ray.remote(num_gpus=gpus, num_cpus=1)(BlockActor)
     pool = ActorPool([remote.remote(config.model_dump(mode="json"), i) for i in range(actors)])
-    with task("dump", sum(b.most_tokens for b in todo)) as progress:
-        sizes = {b.name: b.most_tokens for b in todo}
+    with task("dump", sum(len(b.documents) for b in todo), "documents") as progress:
+        sizes = {b.name: len(b.documents) for b in todo}
         names = [b.name for b in todo]
         for name, tokens in pool.map_unordered(lambda actor, block: actor.run.remote(block), names):
             captured["tokens"] += tokens

@@ -278,7 +278,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     layer = load_layer(target, weights=None if weights == target else weights, dtype=dtype, device=device)
     check_lengths(store, layer.dims.index_topk)  # an EAGLE-3 draft has no indexer: dense at any length
     draft = Draft(layer, config.train)
-    with task("evaluate", len(documents)) as bar:
+    with task("evaluate", len(documents), "documents") as bar:
         found = measure(
             draft,
             store,

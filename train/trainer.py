@@ -195,7 +195,7 @@ def _train(run: _Run, caught: list[int]) -> dict[str, Any]:
     if run.step == 0:
         _evaluate(run)
     pace, stop = Pace(world, dtype), 0
-    with task("train", run.total, start=run.step) if rank == 0 else contextlib.nullcontext() as bar:
+    with task("train", run.total, "steps", start=run.step) if rank == 0 else contextlib.nullcontext() as bar:
         while run.step < run.total:
             began = time.monotonic()
             batches = [

@@ -25,7 +25,7 @@ def token_counts(store: FeatureStore, vocab_size: int) -> np.ndarray:
     """How often each token stands in the answers of the training documents, int64 [V]; reads no states."""
     counts = np.zeros(vocab_size, np.int64)
     documents = np.flatnonzero(~store.held_out)
-    with task("vocabulary", len(documents)) as bar:
+    with task("vocabulary", len(documents), "documents") as bar:
         for i in documents.tolist():
             found = store.read(i, states=())
             counts += np.bincount(found.input_ids[found.loss_mask].numpy(), minlength=vocab_size)

@@ -58,7 +58,7 @@ def train(backbone: Backbone, documents: list[Tensor], tiny: TinyConfig, seed: i
     packed = batches(documents, tiny.sequence_length, generator)
     last: list[tuple[float, float, float]] = []
     started = time.monotonic()
-    with task("target", steps * tiny.sequence_length) as progress:
+    with task("target", steps * tiny.sequence_length, "tokens") as progress:
         for step in range(steps):
             scale = min(1, (step + 1) / warm) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
             for group in optimizer.param_groups:
