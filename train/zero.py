@@ -214,7 +214,7 @@ def initialize(module: nn.Module, train: TrainConfig, ds_config: dict[str, Any])
     for name, parameter in module.get_submodule("layer").named_parameters():
         if parameter.requires_grad:
             # gains of norms are meant to be near 1, not near 0
-            decay = train.weight_decay if len(parameter.ds_shape) > 1 else 0.0
+            decay = train.weight_decay if len(parameter.ds_shape) > 1 else 0.0  # type: ignore[attr-defined]
             groups.setdefault((learning_rate_factor(name, train), decay), []).append(parameter)
     optimizer = torch.optim.AdamW(
         [{"params": found, "factor": f, "weight_decay": decay} for (f, decay), found in groups.items()],
