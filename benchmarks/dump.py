@@ -1,38 +1,64 @@
 """Speed of stage one: `python -m benchmarks.dump [--quick] [--target DIR]`.
 
-One engine with our connector answers the sample conversations into a store, and reads given ones; the same
-engine without it answers the same prompts through `LLM.generate`. Each in a process of its own, one warm-up
-block first. Prints a table and, as its last line, one JSON object.
+Capture on and off: an engine with our connector takes the sample conversations into a store, and the same
+engine without it answers the same prompts through `LLM.generate`; at hidden size 256 the target writes the
+answers, at 7,168 (two layers, few experts) they are given, so that a token costs little and its state much.
+Both engines are there all the time and take turns; a figure is the median over rounds.
+
+How busy the engine is: answers of mixed length, one part at a time, several, and everything at once.
+
+Prints a table and, as its last line, one JSON object.
 """
 
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
 import shutil
+import statistics
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from configs.provenance import versions
 from configs.schema import PromptsConfig, RunConfig, TinyConfig
 from configs.target import target_config
-from pipeline.capture.engine import EngineSettings
-from pipeline.capture.process import ENVIRONMENT, Capture
+from pipeline import child
+from pipeline.capture.engine import EngineSettings, PartResult
+from pipeline.capture.process import CPU_ENVIRONMENT, ENVIRONMENT
+from pipeline.capture.session import Session
 from pipeline.capture.settings import contract
-from pipeline.prompts import Document, load_prompts
+from pipeline.parts import Part
+from pipeline.prompts import Document, Prompts, load_prompts
 from pipeline.view import make_view
 
 LENGTH, ANSWER = 512, 128
+SEQUENCES = 32  # of the engine whose occupancy is measured; a part has as many documents
+WIDE = {"hidden_size": 7168, "num_hidden_layers": 2, "n_routed_experts": 8, "moe_intermediate_size": 64}
+WIDE |= {
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "intermediate_size": 256,
+    "vocab_size": 1024,
+}
+GOALS = {
+    "answers_on_off": 0.97,
+    "given_7168_on_off": 0.95,
+    "busy_vs_all_at_once": 0.95,
+    "busy_vs_barrier": 1.2,
+}
 
 
-def settings(target: Path, view: Path, folder: Path, prompts: Any) -> EngineSettings:
+def settings(target: Path, folder: Path, prompts: Prompts, sequences: int) -> EngineSettings:
+    """What the engine is told; the view it serves is made in `folder`."""
     config = RunConfig.model_validate(
         {
             "run": {"dir": folder},
@@ -40,39 +66,37 @@ def settings(target: Path, view: Path, folder: Path, prompts: Any) -> EngineSett
             "prompts": {"max_length": LENGTH, "max_answer_tokens": ANSWER},
         }
     )
+    folder.mkdir(exist_ok=True)
     return EngineSettings(
-        model=str(view),
-        max_length=LENGTH,
+        model=str(make_view(target, folder / "view")),
         tensor_parallel_size=1,
         seed=0,
-        stop_ids=prompts.stop_ids,
+        turns=prompts.turns,
         store=str(folder / "store"),
         contract=contract(config, prompts, "v3").model_dump(mode="json"),
         compression="none",
         writer_threads=2,
         queue_bytes=1 << 30,
         log=str(folder / "engine.log"),
-        vllm={},
+        vllm={"max_num_seqs": sequences},
     )
 
 
-def plain(engine: EngineSettings, warm: list[Document], documents: list[Document], connection: Any) -> None:
+def plain(engine: EngineSettings, connection: Any) -> None:
     """The same work without states: body of a process."""
-    output = os.open(engine.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    child.enter(engine.log.replace("engine", "plain"))
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
 
     llm = LLM(
         model=engine.model,
         max_model_len=LENGTH + 2,
-        max_num_seqs=128,
         max_num_batched_tokens=4096,
         kv_cache_memory_bytes=1 << 30,
         enforce_eager=True,
         skip_tokenizer_init=True,
         disable_log_stats=True,
+        **engine.vllm,
     )
 
     def answer(batch: list[Document]) -> int:
@@ -80,90 +104,174 @@ def plain(engine: EngineSettings, warm: list[Document], documents: list[Document
         sampling = [
             SamplingParams(
                 temperature=0,
-                max_tokens=d.answer_tokens,
-                stop_token_ids=list(engine.stop_ids),
+                max_tokens=max(d.answer_tokens, 1),
+                stop_token_ids=list(engine.turns.stop_ids),
                 detokenize=False,
             )
             for d in batch
         ]
         found = llm.generate(prompts, sampling, use_tqdm=False)
-        return sum(len(o.prompt_token_ids or ()) + len(o.outputs[0].token_ids) for o in found)
+        written = sum(len(o.outputs[0].token_ids) for o in found) if batch[0].answer_tokens else 0
+        return sum(len(o.prompt_token_ids or ()) for o in found) + written
 
-    answer(warm)
-    started = time.monotonic()
-    tokens = answer(documents)
-    connection.send((tokens, time.monotonic() - started))
+    with contextlib.suppress(EOFError):
+        while True:
+            batch = connection.recv()
+            started = time.monotonic()
+            connection.send((answer(batch), time.monotonic() - started))
+
+
+class Both:
+    """An engine that captures and one that does not, of one target."""
+
+    def __init__(self, engine: EngineSettings) -> None:
+        import multiprocessing
+
+        self._session = Session(engine, None, np.zeros(0, np.uint32))
+        self._ours, theirs = multiprocessing.Pipe()
+        self._plain = child.start(plain, (engine, theirs), "plain", ENVIRONMENT | CPU_ENVIRONMENT)
+        theirs.close()
+        self._parts = 0
+
+    def capture(self, documents: Sequence[Document]) -> tuple[PartResult, float]:
+        """Take the documents as one part; what came of it, and seconds."""
+        self._parts += 1
+        part = Part(f"part-{self._parts}", tuple(documents))
+        started = time.monotonic()
+        (result,) = self._session.run([part])
+        return result, time.monotonic() - started
+
+    def generate(self, documents: Sequence[Document]) -> tuple[int, float]:
+        """Answer them without states: tokens and seconds."""
+        self._ours.send(list(documents))
+        return self._ours.recv()
+
+    def close(self) -> None:
+        """End both."""
+        self._ours.close()
+        child.end(self._plain, wait_s=5)
+        self._session.close(5)
+
+
+def on_off(engine: EngineSettings, documents: Sequence[Document], warm: int, rounds: int) -> dict[str, float]:
+    """Tokens a second with and without capture, and the median of their ratio over rounds."""
+    both = Both(engine)
+    try:
+        both.capture(documents[:warm])
+        both.generate(documents[:warm])
+        on, off, ratio, busy = [], [], [], []
+        for _ in range(rounds):
+            result, seconds = both.capture(documents[warm:])
+            tokens, without = both.generate(documents[warm:])
+            on.append(result.tokens / seconds)
+            off.append(tokens / without)
+            ratio.append(on[-1] / off[-1])
+            busy.append(result.writer_seconds / seconds)
+    finally:
+        both.close()
+    return {
+        "tokens_per_second_on": round(statistics.median(on), 1),
+        "tokens_per_second_off": round(statistics.median(off), 1),
+        "on_off": round(statistics.median(ratio), 4),
+        "state_mb_per_second": round(result.bytes / seconds / 1e6, 2),
+        "writers_busy": round(statistics.median(busy), 4),
+    }
+
+
+def mixed(documents: Sequence[Document], uid: int) -> list[Document]:
+    """The documents with answers of lengths as of chats: log-normal, cut at the longest."""
+    lengths = np.random.default_rng(0).lognormal(3.6, 0.9, len(documents))
+    return [
+        replace(d, uid=uid + i, input_ids=d.input_ids[:48], spans=((48, None),), answer_tokens=int(n))
+        for i, (d, n) in enumerate(zip(documents, np.clip(lengths, 5, ANSWER), strict=True))
+    ]
+
+
+def occupancy(engine: EngineSettings, documents: Sequence[Document]) -> dict[str, float]:
+    """Share of the engine's sequences kept busy, by how many parts are taken at a time."""
+    engine = replace(engine, turns=replace(engine.turns, stop_ids=()))  # every answer has its length
+    session = Session(engine, None, np.zeros(0, np.uint32))
+    found = {}
+    try:
+        for name, open_parts, size in (
+            ("one part at a time", 1, SEQUENCES),
+            ("three parts", 3, SEQUENCES),
+            ("everything at once", 1, len(documents)),
+        ):
+            session.settings = replace(engine, open_parts=open_parts)
+            chosen = mixed(documents, len(found) << 40)
+            results = list(_run(session, chosen, size))
+            found[name] = round(sum(r.busy for r in results) / sum(r.steps for r in results), 4)
+    finally:
+        session.close(5)
+    return found
+
+
+def _run(session: Session, documents: Sequence[Document], size: int) -> Iterator[PartResult]:
+    """Take the documents in parts of `size`."""
+    waiting = len(documents)
+
+    def parts() -> Iterator[Part]:
+        nonlocal waiting
+        for i in range(0, len(documents), size):
+            waiting -= len(documents[i : i + size])
+            yield Part(f"busy-{documents[i].uid}", tuple(documents[i : i + size]))
+
+    return session.run(parts(), later=lambda: waiting)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="64 conversations instead of 256")
+    parser.add_argument("--quick", action="store_true", help="64 conversations instead of 256, one round")
     parser.add_argument("--target", type=Path, help="a target directory; an untrained tiny one by default")
     arguments = parser.parse_args()
-    count, warm = (64, 8) if arguments.quick else (256, 32)
-    results: dict[str, dict[str, float]] = {}
+    count, warm, rounds = (64, 8, 1) if arguments.quick else (256, 32, 5)
     folder = Path(tempfile.mkdtemp(prefix="layer61-bench-"))
+    results: dict[str, Any] = {}
     try:
-        target = arguments.target
-        if target is None:
-            from pipeline.tiny.write import random_checkpoint
+        from pipeline.tiny.write import random_checkpoint
 
-            target = random_checkpoint(folder / "target", TinyConfig())
-        view = make_view(target, folder / "view")
-        config = PromptsConfig(
+        narrow = arguments.target or random_checkpoint(folder / "target", TinyConfig())
+        wide = random_checkpoint(folder / "wide", TinyConfig.model_validate(WIDE))
+        asked = PromptsConfig(
             path=Path("data/conversations.jsonl"),
             max_length=LENGTH,
             max_answer_tokens=ANSWER,
             limit=count + warm + 64,
+            temperature=0,
         )
-        asked = load_prompts(config, target)
-        given = load_prompts(config.model_copy(update={"answers": "given"}), target)
-        engine = settings(target, view, folder, asked)
-        with Capture(engine) as capture:
-            for name, prompts in (("capture, target answers", asked), ("capture, answers given", given)):
-                documents = list(prompts.documents[: count + warm])
-                capture.run_block(f"{prompts is asked}-warm", documents[count:])
-                result = capture.run_block(f"{prompts is asked}", documents[:count])
-                results[name] = {
-                    "tokens": result.tokens,
-                    "bytes": result.bytes,
-                    "seconds": result.seconds,
-                    "writer_seconds": result.writer_seconds,
-                }
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        os.environ |= {k: v for k, v in ENVIRONMENT.items() if k not in os.environ}
-        documents = list(asked.documents[: count + warm])
-        process = context.Process(
-            target=plain,
-            args=(
-                replace(engine, log=str(folder / "plain.log")),
-                documents[count:],
-                documents[:count],
-                theirs,
-            ),
+        prompts = load_prompts(asked, narrow)
+        documents = prompts.documents[: count + warm]
+        results["answers"] = on_off(
+            settings(narrow, folder / "answers", prompts, 128), documents, warm, rounds
         )
-        process.start()
-        theirs.close()
-        with contextlib.suppress(EOFError):
-            tokens, seconds = ours.recv()
-            results["no capture, target answers"] = {"tokens": tokens, "seconds": seconds}
-        process.join()
-        hidden = target_config(target)["hidden_size"]
+        engine = settings(narrow, folder / "busy", prompts, SEQUENCES)
+        results["busy"] = occupancy(engine, [d for d in prompts.documents if len(d.input_ids) >= 48][:count])
+        prompts = load_prompts(asked.model_copy(update={"answers": "given", "limit": 3 * count}), wide)
+        documents = prompts.documents[: count // 2 + warm]
+        engine = settings(wide, folder / "given", prompts, 128)
+        results["given, hidden size 7168"] = on_off(engine, documents, warm, rounds)
+        hidden = target_config(narrow)["hidden_size"]
     finally:
         shutil.rmtree(folder)
-    table = Table(title=f"{count} conversations, hidden size {hidden}", title_justify="left")
-    for column in ("", "tokens/s", "MB/s", "writers busy"):
+    busy = results["busy"]
+    measured = {
+        "answers_on_off": results["answers"]["on_off"],
+        "given_7168_on_off": results["given, hidden size 7168"]["on_off"],
+        "busy_vs_all_at_once": round(busy["three parts"] / busy["everything at once"], 4),
+        "busy_vs_barrier": round(busy["three parts"] / busy["one part at a time"], 4),
+    }
+    table = Table(title=f"{count} conversations, hidden size {hidden} and 7168", title_justify="left")
+    for column in ("", "measured", "goal"):
         table.add_column(column, justify="left" if not column else "right")
     for name, row in results.items():
-        row["tokens_per_second"] = row["tokens"] / row["seconds"]
-        speed = f"{row['bytes'] / row['seconds'] / 1e6:.2f}" if "bytes" in row else "-"
-        busy = f"{row['writer_seconds'] / row['seconds']:.1%}" if "writer_seconds" in row else "-"
-        table.add_row(name, f"{row['tokens_per_second']:,.0f}", speed, busy)
+        for key, value in row.items():
+            table.add_row(f"{name}: {key}", f"{value:,}", "")
+    for name, value in measured.items():
+        table.add_row(name, f"{value:.3f}", f">= {GOALS[name]}")
     Console().print(table)
-    print(
-        json.dumps({"benchmark": "dump", "hidden_size": hidden, "results": results, "versions": versions()})
-    )
+    last = {"benchmark": "dump", "hidden_size": hidden, "results": results, **measured}
+    print(json.dumps({**last, "cores": len(os.sched_getaffinity(0)), "versions": versions()}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """A million documents: `python -m benchmarks.million [--documents N] [--jsonl]`.
 
 Writes documents of 100 ready tokens, Parquet or JSONL, and plans them: every one is read, checked and
-numbered. Runs without an engine. Prints a table and, as its last line, one JSON object.
+numbered. Then a generator feeds the writers of a dump with states of 16 values, and what a dump does at its
+start and at its end is timed: find what is left to do, in the parts alone and in a published store, and
+publish. Runs without an engine. Prints a table and, as its last line, one JSON object.
 """
 
 import argparse
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -20,6 +23,8 @@ from configs.provenance import versions
 from configs.schema import PromptsConfig, TinyConfig
 
 TOKENS = 100
+WIDTH = 16
+PART, OPEN_PARTS = 256, 3  # documents of a part, parts at a time
 ROWS = 50_000
 
 
@@ -69,6 +74,63 @@ def measure_plan(path: Path, target: Path, count: int) -> dict[str, Any]:
     }
 
 
+def measure_store(folder: Path, uids: np.ndarray) -> dict[str, Any]:
+    """Write the parts of all documents but the last one, publish them, and find out what is left to do."""
+    from featurestore import held_documents, publish
+    from pipeline.capture.writers import Writers
+
+    store = str(folder / "store")
+    contract = {"states": [{"site": "post_norm", "layer": 1}], "target": {"hidden_size": WIDTH}}
+    writers = Writers(2, 1 << 28)
+    ids, spans = list(range(TOKENS)), ((TOKENS // 2, TOKENS),)
+    states = torch.zeros(TOKENS, 1, WIDTH, dtype=torch.bfloat16)
+    started = time.monotonic()
+    written, opened = uids[:-1].tolist(), []
+    for start in range(0, len(written), PART):
+        name = f"part-{start // PART:06d}"
+        writers.open(name, store, contract, "none")
+        for uid in written[start : start + PART]:
+            fields = {"uid": uid, "spans": spans, "source": "generated", "held_out": False, "written": False}
+            writers.submit(name, fields, ids, states)
+        opened.append((name, len(written[start : start + PART])))
+        if len(opened) == OPEN_PARTS:
+            _finish(writers, *opened.pop(0))
+    for name, count in opened:
+        _finish(writers, name, count)
+    result: dict[str, Any] = {"parts": -(-len(written) // PART)}
+    result["write_seconds"] = round(time.monotonic() - started, 2)
+
+    def left() -> float:
+        started = time.monotonic()
+        held, rejected = held_documents(store)
+        assert not rejected
+        assert np.flatnonzero(~np.isin(uids, held)).tolist() == [len(uids) - 1]
+        return round(time.monotonic() - started, 2)
+
+    result["resume_unpublished_seconds"] = left()
+    started = time.monotonic()
+    manifest = publish(store, uids, only=True)
+    result["publish_seconds"] = round(time.monotonic() - started, 2)
+    assert manifest["input"] == {"documents": len(uids), "there": len(uids) - 1, "rejected": 0}
+    result["resume_seconds"] = left()
+    started = time.monotonic()
+    fewer = publish(store, uids[10:], only=True)
+    result["publish_without_ten_seconds"] = round(time.monotonic() - started, 2)
+    assert fewer["totals"]["documents"] == len(uids) - 11
+    return result
+
+
+def _finish(writers: Any, name: str, count: int) -> None:
+    """Commit a part whose documents were all submitted."""
+    while writers.state(name, count) is None:
+        time.sleep(1e-3)
+    writers.commit(name, {})
+    while (state := writers.state(name, count)) is None:
+        time.sleep(1e-3)
+    assert state["committed"], state["error"]
+    writers.close(name)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--documents", type=int, default=1_000_000)
@@ -83,6 +145,10 @@ def main() -> None:
         write_documents(path, arguments.documents, 512)
         result = measure_plan(path, target, arguments.documents)
         result["input_bytes"] = path.stat().st_size
+        path.unlink()
+        uids = np.unique(np.random.default_rng(1).integers(0, 1 << 63, arguments.documents, np.uint64))
+        result |= measure_store(Path(folder), uids)
+        result["peak_rss_bytes_of_all"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     table = Table("", "measured", title=f"{arguments.documents:,} documents of {TOKENS} tokens")
     for name, value in result.items():
         table.add_row(name, f"{value:,}")

@@ -28,6 +28,7 @@ __all__ = [
     "Vocabulary",
     "aux_layers",
     "norm_and_head_sha256",
+    "other_provenance",
     "require_same",
     "require_trained_for",
     "split_draft",
@@ -42,6 +43,8 @@ INDEX = "model.safetensors.index.json"
 
 # fields of the draft's contract that the store's held before the draft had its own
 OF_THE_DRAFT = frozenset({"carry", "mask_position_0", "concat"})
+# how states were made, which each part records of itself: a difference is worth a word and no more
+PROVENANCE = ("engine", "template.sha256", "max_length")
 # where a checkpoint lies says nothing about what it is
 NOT_COMPARED = frozenset({"target.path"}) | OF_THE_DRAFT
 
@@ -66,10 +69,14 @@ class Template(Record):
 
 
 class Engine(Record):
+    """What computed the states; `settings` are those of [dump.vllm] that may change a number."""
+
     name: str
     version: str
     tp: int
     view: Literal["native", "v3"]
+    kv_cache_dtype: str = "auto"
+    settings: dict[str, Any] = {}
 
 
 class State(Record):
@@ -80,7 +87,10 @@ class State(Record):
 
 
 class Contract(Record):
-    """What the states of a store are; `shift` 1 means that token i+1 joins state i."""
+    """What the states of a store are; `shift` 1 means that token i+1 joins state i.
+
+    All but PROVENANCE is the identity, which must be equal wherever two of them meet.
+    """
 
     format: Literal[1] = 1
     target: Target
@@ -251,6 +261,21 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
+def _is_provenance(name: str) -> bool:
+    return any(name == p or name.startswith(f"{p}.") for p in PROVENANCE)
+
+
+def other_provenance(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """In words, how states under two contracts in JSON form were made differently; older ones say less."""
+    a, b = _flat(found), _flat(expected)
+    names = sorted(n for n in a.keys() | b.keys() if _is_provenance(n))
+    # a setting that one of two engines of the same form was given is a difference; a field that the older
+    # program did not write is none
+    whole = "engine.kv_cache_dtype" in a and "engine.kv_cache_dtype" in b
+    names = [n for n in names if whole or (n in a and n in b)]
+    return [f"{n}: {a.get(n)!r}, not {b.get(n)!r}" for n in names if a.get(n) != b.get(n)]
+
+
 def require_same(
     found: dict[str, Any],
     expected: dict[str, Any],
@@ -259,7 +284,9 @@ def require_same(
     hint: str,
     ignore: frozenset[str] = frozenset(),
 ) -> None:
-    """Compare two contracts in JSON form field by field, but for NOT_COMPARED and dotted names in `ignore`.
+    """Compare the identities of two contracts in JSON form field by field.
+
+    PROVENANCE, NOT_COMPARED and dotted names in `ignore` are left aside.
 
     Args:
         found: contract of the thing at hand.
@@ -271,7 +298,7 @@ def require_same(
         ContractError: names every differing field with both values.
     """
     a, b = _flat(found), _flat(expected)
-    names = sorted((a.keys() | b.keys()) - NOT_COMPARED - ignore)
+    names = sorted(n for n in (a.keys() | b.keys()) - NOT_COMPARED - ignore if not _is_provenance(n))
     differing = [f"{n}: {a.get(n)!r}, not {b.get(n)!r}" for n in names if a.get(n) != b.get(n)]
     if differing:
         raise ContractError(f"{what} do not belong together: " + "; ".join(differing), hint)

@@ -7,6 +7,7 @@ import traceback
 from typing import Any
 
 __all__ = [
+    "BadStatesError",
     "CaptureError",
     "ConfigError",
     "ContractError",
@@ -81,6 +82,10 @@ class PartExistsError(StoreError, FileExistsError):
 
 class CaptureError(Layer61Error):
     """The engine returned something other than one finite state for each token sent."""
+
+
+class BadStatesError(CaptureError):
+    """More than a few documents came back wrong: the engine is at fault, and starting it again is no help."""
 
 
 def describe(error: BaseException) -> dict[str, Any]:

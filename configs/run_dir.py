@@ -3,6 +3,7 @@
 RUN/
   config.VERB.json     settings under which a verb was first started; later starts are compared with them
   store/               the feature store (docs/store.md)
+  dump.json            dump: what the last start captured, kept and rejected; dump.2-of-8.json of that worker
   rejects.jsonl        dump: conversations left out, and why
   probe.npz            dump: one document's states at the first start of an engine
   engine.1-of-1.log    dump: what the engine of that worker prints
@@ -71,6 +72,7 @@ __all__ = [
     "clean",
     "committed",
     "directory",
+    "dump_figures",
     "dump_lock",
     "engine_log",
     "evaluation",
@@ -136,6 +138,11 @@ def engine_log(run_dir: Path, worker: str) -> Path:
 def view(run_dir: Path, worker: str) -> Path:
     """The V3 view that the capture engine of `dump.worker` k/n serves."""
     return Path(run_dir) / f"view.{worker.replace('/', '-of-')}"
+
+
+def dump_figures(run_dir: Path, worker: str) -> Path:
+    """What the last dump of `dump.worker` k/n captured, kept and rejected."""
+    return Path(run_dir) / ("dump.json" if worker == "1/1" else f"dump.{worker.replace('/', '-of-')}.json")
 
 
 def dump_lock(run_dir: Path, worker: str) -> Path:

@@ -167,11 +167,18 @@ class DumpConfig(Section):
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs of one engine."""
     block_documents: int = Field(64, ge=1)
-    """Documents in a block, the unit of work, retry and commit; each block is one part of the store."""
+    """Documents of a part of the store, which is committed whole."""
+    open_parts: int | None = Field(None, ge=1, json_schema_extra=FREE)
+    """Parts taken at a time, so that the engine never runs empty; by default 1 on CPU, which makes a
+    resumed dump equal to an undisturbed one bit for bit, and 3 on GPUs."""
+    publish: Literal["input", "all"] = Field("input", json_schema_extra=FREE)
+    """What readers see of the store: just the documents of this input, or those of earlier ones as well."""
+    max_bad_share: float = Field(0.01, ge=0, le=1, json_schema_extra=FREE)
+    """Share of documents whose states may come back wrong, beyond a few, before the dump stops."""
     worker: Annotated[str, Field(pattern=r"^[1-9]\d*/[1-9]\d*$")] = Field("1/1", json_schema_extra=FREE)
-    """`k/n`: do the k-th of n fixed slices of the blocks, one machine each."""
+    """`k/n`: do the k-th of n fixed slices of the conversations, one machine each."""
     ray: bool = Field(False, json_schema_extra=FREE)
-    """Spread the blocks over a Ray cluster, one engine an actor."""
+    """Spread the parts over a Ray cluster, one engine an actor."""
     writer_threads: int = Field(2, ge=1, json_schema_extra=FREE)
     """Threads that write finished documents."""
     queue_bytes: int = Field(1 << 30, ge=1, json_schema_extra=FREE)

@@ -2,7 +2,7 @@
 
 from featurestore.check import Problem, Report, render_report, verify
 from featurestore.loader import Batch, Loader
-from featurestore.manifest import collect, drop, merge, publish, rebuild
+from featurestore.manifest import collect, drop, held_documents, merge, publish, rebuild
 from featurestore.order import steps_per_epoch
 from featurestore.reader import Document, FeatureStore, open_store
 from featurestore.summary import info, render_info, render_show, show
@@ -18,6 +18,7 @@ __all__ = [
     "StoreWriter",
     "collect",
     "drop",
+    "held_documents",
     "info",
     "merge",
     "open_store",

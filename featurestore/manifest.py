@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ from featurestore.writer import committed_parts, read_root
 __all__ = [
     "collect",
     "drop",
+    "held_documents",
     "manifest_versions",
     "merge",
     "publish",
@@ -52,6 +54,10 @@ __all__ = [
 Index = dict[str, np.ndarray]
 
 LEFTOVER_SECONDS = 24 * 3600
+
+# the only places a manifest may send a reader to; see docs/store.md
+PART_PATH = re.compile(r"parts/([A-Za-z0-9_-]{1,120})(\.[0-9a-f]{8})?")
+INDEX_PATH = re.compile(r"index/v\d{6,}(\.[0-9a-f]{8})?")
 
 
 def require_root(objects: Objects) -> dict[str, Any]:
@@ -103,7 +109,32 @@ def read_manifest(objects: Objects, version: int | None = None) -> dict[str, Any
             f"{manifest_name(version)} in {objects.url} says it is version {manifest['version']}",
             VERIFY_HINT.format(objects.url),
         )
+    _check_places(manifest, objects.url)
     return manifest
+
+
+def _check_places(manifest: dict[str, Any], url: str) -> None:
+    """Refuse a manifest that names anything but parts and an index of its own store."""
+    for entry in manifest["parts"]:
+        match = PART_PATH.fullmatch(str(entry["path"]))
+        if not match or match[1] != entry["name"]:
+            raise _misplaced(f"part {entry['name']!r} at {entry['path']!r}", url)
+    place = manifest["index"]
+    if not INDEX_PATH.fullmatch(str(place["path"])):
+        raise _misplaced(f"its index at {place['path']!r}", url)
+    known = {"zarr.json"} | {
+        n for field, _ in INDEX_FIELDS for n in (object_path(field), f"{field}/zarr.json")
+    }
+    for name in place["objects"]:
+        if name not in known:
+            raise _misplaced(f"{name!r} in its index", url)
+
+
+def _misplaced(what: str, url: str) -> StoreCorruptError:
+    return StoreCorruptError(
+        f"a manifest of {url} names {what}, which is no place in a store",
+        "it was not written by this program: do not use the store before you know who changed it",
+    )
 
 
 def checked_object(objects: Objects, name: str, entry: dict[str, Any], what: str) -> bytes:
@@ -184,9 +215,16 @@ def part_entry(objects: Objects, name: str, path: str) -> tuple[dict[str, Any], 
             f"part {name}: zarr.json does not agree with its own record", VERIFY_HINT.format(objects.url)
         )
     sizes, shards = record["objects"], record.get("state_shards", 1)
+    arrays = part_arrays(record)
+    known = {object_path(a) for a in [*arrays, *(token_shards(record) if arrays else ())]}
+    if name != record["name"] or sizes.keys() != known | {f"{a}/zarr.json" for a in arrays}:
+        raise StoreCorruptError(
+            f"part {name}: its record is of another part, or names objects that no part has",
+            VERIFY_HINT.format(objects.url),
+        )
     states = [s for s in token_shards(record) if s.startswith("hidden")] if sizes else []
     state_bytes = [sizes[object_path(s)]["bytes"] for s in states]
-    entry = {
+    entry: dict[str, Any] = {
         "name": name,
         "path": path,
         "tokens": record["tokens"],
@@ -202,6 +240,8 @@ def part_entry(objects: Objects, name: str, path: str) -> tuple[dict[str, Any], 
         "meta_crc32c": f"{crc32c(data):08x}",
         "table_crc32c": sizes[object_path("chunk_crc32c")]["crc32c"] if sizes else "00000000",
     }
+    if record.get("rejected"):
+        entry["rejected"] = len(record["rejected"])
     return entry, record
 
 
@@ -234,8 +274,21 @@ def part_rows(objects: Objects, path: str, record: dict[str, Any]) -> Index:
 # ------------------------------------------------------------------ publishing
 
 
-def publish(path: str | os.PathLike[str] | Objects) -> dict[str, Any]:
+def publish(
+    path: str | os.PathLike[str] | Objects,
+    uids: np.ndarray | None = None,
+    *,
+    later: np.ndarray | None = None,
+    only: bool = False,
+) -> dict[str, Any]:
     """Make every committed part visible: write the next index and manifest version.
+
+    Args:
+        path: the store.
+        uids: uint64 [N], the documents of an input: the manifest then says how many of them are there, and
+            shows those that an earlier one left out.
+        later: uint64, documents that may come of those and are not counted.
+        only: leave every other document out of the index; its part stays as it is.
 
     Returns:
         The manifest now in force; the one that was, when nothing changed.
@@ -243,7 +296,45 @@ def publish(path: str | os.PathLike[str] | Objects) -> dict[str, Any]:
     Raises:
         StoreNotFoundError: not a store. ContractError, StoreError: a part does not belong to it.
     """
-    return _publish(open_objects(path))
+    wanted = None if uids is None else _Wanted(uids, uids if later is None else np.union1d(uids, later), only)
+    return _publish(open_objects(path), wanted=wanted)
+
+
+def held_documents(path: str | os.PathLike[str] | Objects) -> tuple[np.ndarray, dict[int, str]]:
+    """What the committed parts of a store hold, published or not, shown or left out.
+
+    Returns:
+        uids of the documents, uint64 ascending; and those found bad, with the reason.
+    """
+    objects = open_objects(path)
+    found: list[np.ndarray] = []
+    rejected: dict[int, str] = {}
+    known: set[str] = set()
+    versions = manifest_versions(objects)
+    if versions:
+        manifest = read_manifest(objects, versions[-1])
+        index = read_index(objects, manifest)
+        found.append(index["uid"])
+        shown = np.bincount(index["part"], minlength=len(manifest["parts"]))
+        # all of such a part stands in the index; the others are asked themselves
+        known = {
+            e["name"]
+            for e, n in zip(manifest["parts"], shown.tolist(), strict=True)
+            if n == e["documents"] and not e.get("rejected")
+        }
+    with ThreadPoolExecutor(8) as pool:
+        for uids, bad in pool.map(
+            lambda item: _held_by(objects, *item), committed_parts(objects, sorted(known)).items()
+        ):
+            found.append(uids)
+            rejected |= bad
+    return np.unique(np.concatenate([np.zeros(0, np.uint64), *found])), rejected
+
+
+def _held_by(objects: Objects, name: str, path: str) -> tuple[np.ndarray, dict[int, str]]:
+    record = part_entry(objects, name, path)[1]
+    rejected = {int(uid): str(reason) for uid, reason in record.get("rejected", ())}
+    return part_rows(objects, path, record)["uid"], rejected
 
 
 def rebuild(path: str | os.PathLike[str] | Objects) -> dict[str, Any]:
@@ -365,37 +456,55 @@ def _publish(
     forgotten: Iterable[str] = (),
     gone: Iterable[str] = (),
     rebuilt: bool = False,
+    wanted: "_Wanted | None" = None,
 ) -> dict[str, Any]:
     """Write the next version: `dropped` parts stay committed but unseen, `gone` parts no longer exist.
 
-    `forgotten` names count as dropped no more.
+    `forgotten` names count as dropped no more; `wanted` is the input of a dump.
     """
     root = require_root(objects)
     for _ in range(100):
-        result = _publish_once(objects, root, set(dropped), set(forgotten), set(gone), rebuilt)
+        change = _Change(set(dropped), set(forgotten), set(gone), rebuilt, wanted)
+        result = _publish_once(objects, root, change)
         if result is not None:
             return result
     raise StoreError(f"{objects.url}: 100 other publishers came first", "publish from one process")
 
 
-def _publish_once(
-    objects: Objects,
-    root: dict[str, Any],
-    drop_now: set[str],
-    forgotten: set[str],
-    gone: set[str],
-    rebuilt: bool,
-) -> dict[str, Any] | None:
+@dataclass(frozen=True, eq=False)
+class _Wanted:
+    """The documents of an input: those that are counted, all that are shown, and whether no others are."""
+
+    counted: np.ndarray
+    shown: np.ndarray
+    only: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Change:
+    dropped: set[str]
+    forgotten: set[str]
+    gone: set[str]
+    rebuilt: bool
+    wanted: _Wanted | None
+
+
+def _publish_once(objects: Objects, root: dict[str, Any], change: _Change) -> dict[str, Any] | None:
     """The next version, the old one if nothing changed, None if another publisher came first."""
     versions = manifest_versions(objects)
-    old = _newest_readable(objects, versions, rebuilt)
+    old = _newest_readable(objects, versions, change.rebuilt)
     old_parts = old["parts"] if old else []
-    dropped = (set(old["dropped"]) if old else set()) - forgotten | drop_now
-    kept = [] if rebuilt else [e for e in old_parts if e["name"] not in dropped | gone]
+    dropped = (set(old["dropped"]) if old else set()) - change.forgotten | change.dropped
+    gone = dropped | change.gone
+    kept = [] if change.rebuilt else [e for e in old_parts if e["name"] not in gone]
     found = committed_parts(objects, [e["name"] for e in kept])
     new = {name: path for name, path in found.items() if name not in dropped}
-    base = old if not rebuilt and len(kept) == len(old_parts) else None  # its index only grows
-    if base and not new and dropped == set(base["dropped"]):
+    wanted = change.wanted
+    # its index only grows; but documents that stand in a part and in no index may be wanted now
+    grows = not change.rebuilt and len(kept) == len(old_parts)
+    hides = old is not None and (old["totals"]["duplicates"] > 0 or any(e.get("left_out") for e in kept))
+    base = old if grows and not (wanted is not None and hides) else None
+    if base and not new and dropped == set(base["dropped"]) and wanted is None:
         return base
     with ThreadPoolExecutor(8) as pool:
         added = _admit(pool, objects, root, new, old_parts)
@@ -404,36 +513,78 @@ def _publish_once(
         if base is None:
             records = pool.map(lambda e: part_entry(objects, e["name"], e["path"])[1], kept)
             added = [*zip(kept, records, strict=True), *added]
-        index, sources = _join(pool, objects, base, added)
+        before = {e["name"]: e.get("left_out") for e in old_parts}
+        index, sources, parts = _join(pool, objects, base, added, parts, before, wanted)
     version = versions[-1] + 1 if versions else 1
     documents = len(index["uid"])
-    manifest = seal(
-        {
-            "schema": SCHEMA,
-            "version": version,
-            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "contract": root["contract"],
-            "states": states,
-            "hidden_size": hidden_size,
-            "totals": {
-                "parts": len(parts),
-                "documents": documents,
-                "tokens": int(index["length"].sum(dtype=np.int64)),
-                "loss_tokens": int(index["n_loss"].sum(dtype=np.int64)),
-                "bytes": sum(e["bytes"] for e in parts),
-                "duplicates": sum(e["documents"] for e in parts) - documents,
-            },
-            "sources": sources,
-            "index": write_index(objects, version, index),
-            "dropped": sorted(dropped & (committed_parts(objects).keys() if dropped else set())),
-            "parts": parts,
-        }
-    )
+    counted = _counted(old, index, parts, wanted, objects)
+    totals = {
+        "parts": len(parts),
+        "documents": documents,
+        "tokens": int(index["length"].sum(dtype=np.int64)),
+        "loss_tokens": int(index["n_loss"].sum(dtype=np.int64)),
+        "bytes": sum(e["bytes"] for e in parts),
+        "duplicates": sum(e["documents"] - _left_out_count(e) for e in parts) - documents,
+    }
+    still_dropped = sorted(dropped & (committed_parts(objects).keys() if dropped else set()))
+    if (
+        old
+        and not change.rebuilt
+        and (old["parts"], old["totals"], old["dropped"], old.get("input"))
+        == (parts, totals, still_dropped, counted)
+    ):
+        return old
+    record: dict[str, Any] = {
+        "schema": SCHEMA,
+        "version": version,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "contract": root["contract"],
+        "states": states,
+        "hidden_size": hidden_size,
+        "totals": totals,
+        "sources": sources,
+        "index": write_index(objects, version, index),
+        "dropped": still_dropped,
+        "parts": parts,
+    }
+    if counted is not None:
+        record["input"] = counted
+    manifest = seal(record)
     try:
         objects.write(manifest_name(version), dump_json(manifest), create=True)
     except FileExistsError:
         return None
     return manifest
+
+
+def _counted(
+    old: dict[str, Any] | None,
+    index: Index,
+    parts: list[dict[str, Any]],
+    wanted: _Wanted | None,
+    objects: Objects,
+) -> dict[str, int] | None:
+    """How many documents of the input are there; without the input, what was said before, less any losses."""
+    if wanted is not None:
+        uids = wanted.counted
+        there = int(np.isin(uids, index["uid"]).sum())
+        bad = [
+            uid
+            for e in parts
+            if e.get("rejected")
+            for uid, _ in part_entry(objects, e["name"], e["path"])[1]["rejected"]
+        ]
+        lost = np.setdiff1d(uids[np.isin(uids, np.array(bad, np.uint64))], index["uid"])
+        return {"documents": len(uids), "there": there, "rejected": len(lost)}
+    if old is None or "input" not in old:
+        return None
+    fewer = max(old["totals"]["documents"] - len(index["uid"]), 0)
+    return {**old["input"], "there": max(old["input"]["there"] - fewer, 0)}
+
+
+def _left_out_count(entry: dict[str, Any]) -> int:
+    left_out = entry.get("left_out", [])
+    return entry["documents"] if left_out == "all" else len(left_out)
 
 
 def _admit(
@@ -457,8 +608,23 @@ def _join(
     objects: Objects,
     base: dict[str, Any] | None,
     added: list[tuple[dict[str, Any], dict[str, Any]]],
-) -> tuple[Index, list[str]]:
-    """Index rows of manifest `base`, if any, then those of `added` parts; and the names of the sources."""
+    parts: list[dict[str, Any]],
+    before: dict[str, Any],
+    wanted: _Wanted | None,
+) -> tuple[Index, list[str], list[dict[str, Any]]]:
+    """The index of `parts`: rows of manifest `base`, if any, then those of `added` parts.
+
+    Args:
+        pool, objects: to read with.
+        base: manifest whose index holds all rows of its parts.
+        added: entry and record of the other parts.
+        parts: all of them, in the manifest's order.
+        before: `left_out` of each part by name, as it stands in the manifest before.
+        wanted: the documents of an input, if one is published.
+
+    Returns:
+        the index, the names of the sources, and the entries of the parts with what is left out of each.
+    """
     rows = pool.map(lambda item: part_rows(objects, item[0]["path"], item[1]), added)
     pieces = [read_index(objects, base)] if base else []
     numbers = {name: i for i, name in enumerate(base["sources"])} if base else {}
@@ -472,9 +638,35 @@ def _join(
         field: np.concatenate([np.zeros(0, dtype)] + [p[field].astype(dtype, copy=False) for p in pieces])
         for field, dtype in INDEX_FIELDS
     }
+    edges = np.searchsorted(joined["part"], np.arange(len(parts) + 1)).tolist()
+    shown = np.ones(len(joined["uid"]), bool)
+    if wanted is not None and wanted.only:
+        shown = np.isin(joined["uid"], wanted.shown)
+    else:
+        for number in range(first, len(parts)):
+            left_out = before.get(parts[number]["name"])
+            if left_out:
+                rows_of = shown[edges[number] : edges[number + 1]]
+                rows_of[slice(None) if left_out == "all" else left_out] = False
+        if wanted is not None:
+            shown |= np.isin(joined["uid"], wanted.shown)
+    parts = [_with_left_out(e, None if i >= first else e.get("left_out")) for i, e in enumerate(parts)]
+    for number in np.unique(joined["part"][~shown]).tolist():
+        span = slice(edges[number], edges[number + 1])
+        entry = parts[number]
+        # an index that has grown has every document of its parts when anything is newly left out of it
+        gone = np.flatnonzero(~shown[span]).tolist()
+        parts[number] = _with_left_out(entry, "all" if len(gone) == entry["documents"] else gone)
+    joined = {field: values[shown] for field, values in joined.items()}
     _, first_rows = np.unique(joined["uid"], return_index=True)  # the first part wins
     keep = np.sort(first_rows)
-    return {field: values[keep] for field, values in joined.items()}, list(numbers)
+    return {field: values[keep] for field, values in joined.items()}, list(numbers), parts
+
+
+def _with_left_out(entry: dict[str, Any], left_out: Any) -> dict[str, Any]:
+    """The entry of a part with the places of the documents that are not shown, or "all" of them."""
+    bare = {k: v for k, v in entry.items() if k != "left_out"}
+    return bare | ({"left_out": left_out} if left_out else {})
 
 
 def _newest_readable(objects: Objects, versions: list[int], rebuilt: bool) -> dict[str, Any] | None:

@@ -311,6 +311,17 @@ class FeatureStore:
         return self.manifest["version"]
 
     @property
+    def missing(self) -> str:
+        """In words, how many documents of the dump's input are not there; empty if none is known to be."""
+        there = self.manifest.get("input")
+        if there is None:
+            return ""
+        missing = there["documents"] - there["there"] - there["rejected"]
+        if not missing:
+            return ""
+        return f"{missing:,} of the {there['documents']:,} documents of its input are not in {self.url} yet"
+
+    @property
     def states(self) -> int:
         """States of a token (S)."""
         return self.manifest["states"]

@@ -202,6 +202,7 @@ class StoreWriter:
         self._held_out: list[int] = []
         self._sources: dict[str, int] = {}
         self._sample_source: list[int] = []
+        self._rejected: dict[int, str] = {}
         self._shape: tuple[int, int] | None = None  # states, hidden_size
         self._broken = False
 
@@ -284,6 +285,10 @@ class StoreWriter:
         self._sample_source.append(self._sources.setdefault(str(source), len(self._sources)))
         if self.exact is None and sum(s.position for s in self._state_shards()) >= self.part_bytes:
             self.commit()
+
+    def reject(self, uid: int, reason: str) -> None:
+        """Note in the open part that a document was found bad and why, so that it is not taken again."""
+        self._rejected[uid] = reason
 
     def _lost(self) -> StoreError:
         return StoreError(
@@ -402,6 +407,8 @@ class StoreWriter:
             "sources": list(self._sources),
             "sample_source": self._sample_source,
         }
+        if self._rejected:
+            record["rejected"] = [[uid, reason] for uid, reason in self._rejected.items()]
         arrays, objects = part_arrays(record), record["objects"]
         small: dict[str, bytes] = {}
         table: list[int] = []

@@ -20,7 +20,8 @@ def _dump(found: Mapping[str, Any]) -> str:
     left_out = count(found["rejects"], "conversation") + " rejected"
     return (
         f"{documents} ({found['held_out']:,} held out), {count(found['tokens'], 'token')},"
-        f" {found['bytes'] / 1e6:,.1f} MB in {found['store']}; {found['captured']:,} of the tokens now;"
+        f" {found['bytes'] / 1e6:,.1f} MB in {found['store']};"
+        f" {count(found['captured_documents'], 'document')} captured now, {found['kept_documents']:,} kept;"
         f" {left_out}, {count(found['duplicates'], 'duplicate')}"
     )
 

@@ -1,38 +1,40 @@
 """Stage one: conversations to stored states.
 
-The documents are captured block by block (`pipeline.blocks`), and a block that is committed needs no other
-record than its part: a run that was killed, a second run, and another machine all see in the store what is
-done.
+What is left to do are the documents of the input that no committed part of the store holds
+(`pipeline.parts`), so nothing but the store says what is done: a run that was killed, a second run, and
+another machine all find it there.
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from configs import run_dir
-from configs.contract import require_same
+from configs.contract import other_provenance, require_same
+from configs.errors import BadStatesError
+from configs.files import write_json
 from configs.held_out import is_held_out, uid_group
 from configs.lock import hold
 from configs.progress import log, task
 from configs.schema import RunConfig
 from configs.target import target_config
 from export.checkpoint import Checkpoint
-from featurestore import part_exists, publish
-from featurestore.objects import open_objects
+from featurestore import held_documents, publish
+from featurestore.objects import Objects, open_objects
 from featurestore.writer import read_root
-from pipeline.blocks import Block, blocks, share
-from pipeline.capture.engine import EngineSettings
+from pipeline.capture.engine import EngineSettings, PartResult
 from pipeline.capture.process import CLOSE_SECONDS
 from pipeline.capture.session import Session
 from pipeline.capture.settings import check_aux_layers, choose_view, contract, engine_settings
-from pipeline.conversations import input_exists
+from pipeline.conversations import Reject, input_exists
+from pipeline.parts import Part, cut, own_share
 from pipeline.prompts import NoConversationsError, Prompts, load_prompts, write_rejects
 from pipeline.ray_actors import capture_over_ray
 
-__all__ = ["DumpPlan", "plan", "run"]
+__all__ = ["Captured", "DumpPlan", "plan", "run"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class DumpPlan:
         documents, held_out: of the whole input; None where it, or the target, is not on this machine.
         tokens, most_tokens: without the answers the target will write, and with the longest ones.
         rejects, duplicates: conversations left out.
-        blocks, done, mine: blocks of work, those committed already, those of this worker still to do.
+        done: documents that the store holds, or has found to be bad.
+        mine: documents still to do by this worker, in so many `parts`.
         view: how the engine sees the target.
         store: where the states go.
     """
@@ -56,9 +59,9 @@ class DumpPlan:
     most_tokens: int
     rejects: int
     duplicates: int
-    blocks: int
     done: int
     mine: int
+    parts: int
     view: str
     store: str
     missing: str = ""
@@ -85,7 +88,8 @@ class DumpPlan:
             )
         left = f"{self.documents:,} documents ({self.held_out:,} held out of training), {tokens}"
         out = f"{self.rejects:,} conversations rejected, {self.duplicates:,} duplicates"
-        return f"{each}\n{left}; {out}\n{self.blocks:,} blocks, {self.done:,} done, {self.mine:,} to do here"
+        todo = f"{self.done:,} documents done, {self.mine:,} to do here, in {self.parts:,} parts"
+        return f"{each}\n{left}; {out}\n{todo}"
 
 
 def _held_out(config: RunConfig, prompts: Prompts) -> int:
@@ -97,6 +101,31 @@ def _size(size: float) -> str:
     units = ("B", "kB", "MB", "GB", "TB")
     power = min(len(units) - 1, (len(str(int(size))) - 1) // 3)
     return f"{size / 1000**power:.3g} {units[power]}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is left of a dump.
+
+    Attributes:
+        mine: places of this worker's documents.
+        left: those of them still to do.
+        done: how many documents of the input need no more work.
+        rejected: documents that the store has found to be bad, by uid, and why.
+    """
+
+    mine: np.ndarray
+    left: np.ndarray
+    done: int
+    rejected: dict[int, str]
+
+
+def _work(config: RunConfig, prompts: Prompts, objects: Objects, there: bool) -> Work:
+    uids = prompts.documents.uids
+    held, rejected = held_documents(objects) if there else (np.zeros(0, np.uint64), {})
+    done = np.isin(uids, np.union1d(held, np.fromiter(rejected, np.uint64, len(rejected))))
+    mine = own_share(uids, config.dump.worker)
+    return Work(mine, mine[~done[mine]], int(done.sum()), rejected)
 
 
 def plan(config: RunConfig) -> DumpPlan:
@@ -121,9 +150,8 @@ def plan(config: RunConfig) -> DumpPlan:
         prompts = load_prompts(config.prompts, target_dir)
     except NoConversationsError as error:  # raised again by the run, once the rejects are written
         return DumpPlan(**vars(empty) | {"missing": error.message})
-    found = blocks(config, prompts)
     objects = open_objects(config.store_path)
-    done = {b.name for b in found if part_exists(objects, b.name)}
+    work = _work(config, prompts, objects, read_root(objects) is not None)
     return DumpPlan(
         bytes_per_token=per_token,
         documents=len(prompts.documents),
@@ -132,26 +160,72 @@ def plan(config: RunConfig) -> DumpPlan:
         most_tokens=prompts.most_tokens,
         rejects=len(prompts.rejects),
         duplicates=prompts.duplicates,
-        blocks=len(found),
-        done=len(done),
-        mine=sum(b.name not in done for b in share(config, found)),
+        done=work.done,
+        mine=len(work.left),
+        parts=-(-len(work.left) // config.dump.block_documents),
         view=view,
         store=config.store_path,
     )
 
 
+@dataclass
+class Captured:
+    """What a run has captured so far, summed over its parts; `there` documents others had committed first,
+    or an engine that died before it could say so.
+    """
+
+    parts: int = 0
+    documents: int = 0
+    there: int = 0
+    tokens: int = 0
+    bad: int = 0
+    rejected: dict[int, str] = field(default_factory=dict)
+    loops: dict[str, tuple[int, int]] = field(default_factory=dict)
+    steps: int = 0
+    busy: float = 0.0
+    start_seconds: float = 0.0
+
+    def add(self, part: PartResult) -> None:
+        """Count a part that is done."""
+        self.parts += not part.there
+        self.documents += part.documents
+        self.tokens += part.tokens
+        self.bad += part.bad
+        self.rejected |= part.rejected
+        for source, (found, tokens) in part.loops.items():
+            before = self.loops.get(source, (0, 0))
+            self.loops[source] = before[0] + found, before[1] + tokens
+        self.steps += part.steps
+        self.busy += part.busy
+
+    @property
+    def occupancy(self) -> float | None:
+        """Share of the engine's sequences that were kept busy, mean over its steps."""
+        return round(self.busy / self.steps, 4) if self.steps else None
+
+    def loop_share(self, source: str | None = None) -> float | None:
+        """Share of the answers' tokens that are in loops, of one source or of all."""
+        chosen = self.loops.values() if source is None else [self.loops[source]]
+        found, tokens = (sum(x[i] for x in chosen) for i in (0, 1))
+        return round(found / tokens, 4) if tokens else None
+
+
 def run(config: RunConfig) -> dict[str, Any]:
-    """Capture every block that is not committed, then publish the store.
+    """Capture every document of the input that the store does not hold, then publish the store.
+
+    Leaves the figures of this run in RUN/dump.json.
 
     Returns:
-        seconds, engine_start_seconds, documents, held_out, tokens, loss_tokens and bytes of the store,
-        captured (tokens of this run), rejects, duplicates, blocks, resumed (blocks found committed), store,
-        manifest.
+        those figures: seconds, engine_start_seconds; documents, held_out, tokens, loss_tokens and bytes of
+        the store as published; captured_documents, captured_tokens, kept_documents, rejected_documents of
+        this run; occupancy, loop_share; rejects, duplicates of the input; missing_documents of the input;
+        store, manifest.
 
     Raises:
         ConfigError, InputError: settings or input cannot be used.
-        ContractError: the store was dumped under another contract.
-        CaptureError: the engine failed twice on one block, or its states are not those of the first start.
+        ContractError: the store holds states of another meaning.
+        CaptureError: the engine failed twice, its states are not those of the first start, or too many of
+            them are bad.
         StoreError: the store cannot be written.
     """
     started = time.monotonic()
@@ -165,7 +239,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     except NoConversationsError as error:
         write_rejects(rejects, error.rejects)
         raise
-    write_rejects(rejects, prompts.rejects)
+    _write_rejects(config, prompts, {})
     if prompts.rejects:
         first = prompts.rejects[0]
         count = f"{len(prompts.rejects):,} conversations rejected, see {rejects}"
@@ -177,76 +251,147 @@ def run(config: RunConfig) -> dict[str, Any]:
         what = f"store {objects.url} and target {target_dir}"
         hint = "dump into another store (dump.store), or use the target of this one"
         require_same(root["contract"], agreed, what, hint=hint)
-    mine = share(config, blocks(config, prompts))
-    todo = [b for b in mine if not part_exists(objects, b.name)]
-    if len(todo) < len(mine):
-        log("dump", f"{len(mine) - len(todo):,} of {len(mine):,} blocks are committed already: kept")
-    captured = {"tokens": 0, "start": 0.0}
-    if todo:
+        for difference in other_provenance(agreed, root["contract"]):
+            log("dump", f"warning: this store began with other settings: {difference}")
+    work = _work(config, prompts, objects, root is not None)
+    _write_rejects(config, prompts, work.rejected)
+    kept = len(work.mine) - len(work.left)
+    if kept:
+        log("dump", f"{kept:,} of {len(work.mine):,} documents are in the store already: kept")
+    captured = Captured()
+    if len(work.left):
         lock = run_dir.dump_lock(config.run.dir, config.dump.worker)
         hint = "wait for it, or give each machine its own dump.worker = 'k/n'"
         with hold(lock, "another dump with the same dump.worker", hint):
-            _remove_leftovers(objects, {b.name for b in todo})
+            parts = cut(prompts.documents, work.left, config.dump.block_documents)
             if config.dump.ray:
-                capture_over_ray(config, todo, captured)
+                capture_over_ray(config, list(parts), captured)
             else:
                 settings = engine_settings(config, prompts, agreed, view)
-                _capture_here(config, settings, mine, todo, prompts.documents[0].input_ids, captured)
-    manifest = publish(objects)
-    totals = manifest["totals"]
-    return {
+                _capture_here(config, settings, parts, prompts, work, captured)
+        _write_rejects(config, prompts, work.rejected | captured.rejected)
+    return _finish(config, prompts, objects, kept, captured, started)
+
+
+def _finish(
+    config: RunConfig, prompts: Prompts, objects: Objects, kept: int, captured: Captured, started: float
+) -> dict[str, Any]:
+    """Publish, and write down what was done."""
+    documents = prompts.documents
+    manifest = publish(
+        objects, documents.uids, later=documents.later_uids, only=config.dump.publish == "input"
+    )
+    totals, there = manifest["totals"], manifest["input"]
+    missing = there["documents"] - there["there"] - there["rejected"]
+    if missing:
+        log("dump", f"{missing:,} of {there['documents']:,} documents of the input are not in the store yet")
+    if captured.occupancy is not None:
+        loops = "" if captured.loop_share() is None else f", {captured.loop_share():.1%} of answers in loops"
+        log("dump", f"the engine's sequences were busy {captured.occupancy:.1%} of the time{loops}")
+    result = {
+        "format": 1,
         "seconds": round(time.monotonic() - started, 2),
-        "engine_start_seconds": round(captured["start"], 2),
+        "engine_start_seconds": round(captured.start_seconds, 2),
         "documents": totals["documents"],
         "held_out": _held_out(config, prompts),
         "tokens": totals["tokens"],
         "loss_tokens": totals["loss_tokens"],
         "bytes": totals["bytes"],
-        "captured": captured["tokens"],
+        "captured_documents": captured.documents,
+        "captured_tokens": captured.tokens,
+        "kept_documents": kept + captured.there,
+        "rejected_documents": len(captured.rejected),
+        "missing_documents": missing,
+        "occupancy": captured.occupancy,
+        "loop_share": captured.loop_share(),
+        "loop_share_by_source": {s: captured.loop_share(s) for s in sorted(captured.loops)},
         "rejects": len(prompts.rejects),
         "duplicates": prompts.duplicates,
-        "blocks": len(mine),
-        "resumed": len(mine) - len(todo),
         "store": config.store_path,
         "manifest": manifest["version"],
     }
+    write_json(run_dir.dump_figures(config.run.dir, config.dump.worker), result)
+    return result
 
 
-def _remove_leftovers(objects: Any, names: set[str]) -> None:
-    """Remove what a killed run left of blocks that nobody else works on: this run directory is locked."""
+def _write_rejects(config: RunConfig, prompts: Prompts, rejected: dict[int, str]) -> None:
+    """Write down the conversations that are no documents, then those whose documents are bad."""
+    bad = np.fromiter(rejected, np.uint64, len(rejected))
+    found = []
+    for i in np.flatnonzero(np.isin(prompts.documents.uids, bad)):
+        document = prompts.documents[int(i)]
+        found.append(Reject(document.file, document.line, document.name, rejected[document.uid]))
+    write_rejects(config.run.dir / run_dir.REJECTS, [*prompts.rejects, *found])
+
+
+def _leftovers(objects: Objects) -> dict[str, list[str]]:
+    """Directories that are no part, or a part only by its marker, by the name of the part."""
+    found: dict[str, list[str]] = {}
     for directory in objects.directories("parts"):
         name, dot, _ = directory.partition(".")
-        if dot and name in names:
-            objects.delete(f"parts/{directory}")
+        if dot:
+            found.setdefault(name, []).append(f"parts/{directory}")
+    return found
 
 
 def _capture_here(
     config: RunConfig,
     settings: EngineSettings,
-    mine: Sequence[Block],
-    todo: Sequence[Block],
-    probe_ids: np.ndarray,
-    captured: dict[str, Any],
+    parts: Iterator[Part],
+    prompts: Prompts,
+    work: Work,
+    captured: Captured,
 ) -> None:
     log("dump", f"starting vLLM, its log is {settings.log}")
-    session = Session(settings, config.run.dir / run_dir.PROBE if config.dump.probe else None, probe_ids)
-    total = sum(len(b.documents) for b in mine)
-    done = total - sum(len(b.documents) for b in todo)
+    session = Session(
+        settings,
+        config.run.dir / run_dir.PROBE if config.dump.probe else None,
+        prompts.documents[0].input_ids,
+    )
+    objects = open_objects(config.store_path)
+    leftovers = _leftovers(objects)
+    waiting = len(work.left)
+    taken: dict[str, int] = {}  # documents of a part
+
+    def handed_out() -> Iterator[Part]:
+        nonlocal waiting
+        for part in parts:
+            # of a killed run, and of a part that nobody else works on: this run directory is locked
+            for directory in leftovers.get(part.name, ()):
+                objects.delete(directory)
+            waiting -= len(part.documents)
+            taken[part.name] = len(part.documents)
+            yield part
+
+    total, kept = len(work.mine), len(work.mine) - len(work.left)
     try:
-        with task("dump", total, "documents", start=done) as progress:
-            for block in todo:
-                end = progress.done + len(block.documents)
+        with task("dump", total, "documents", start=kept) as progress:
+            committed = [0, 0]  # documents and tokens
+            ahead = [0, 0]  # of parts that are not: what an engine that dies had done counts until then
 
-                def advance(tokens: int, end: float = end) -> None:
-                    rate = captured["tokens"] / max(time.monotonic() - session.ready, 1e-3)
-                    # a block that is tried again finishes some documents twice
-                    one = int(progress.done < end)
-                    progress.advance(one, f"{rate:,.0f} tokens/s" if captured["tokens"] else "")
+            def show() -> None:
+                rate = (committed[1] + ahead[1]) / max(time.monotonic() - session.ready, 1e-3)
+                done = min(kept + committed[0] + ahead[0], total)
+                progress.advance(max(done - progress.done, 0), f"{rate:,.0f} tokens/s")
 
-                result = session.run(block, advance)
-                captured["tokens"] += result.tokens if result else 0
-                progress.advance(end - progress.done, f"{captured['tokens']:,} tokens written")
+            def advance(documents: int, tokens: int) -> None:
+                ahead[:] = ahead[0] + documents, ahead[1] + tokens
+                show()
+
+            for result in session.run(handed_out(), advance, lambda: waiting):
+                captured.add(result)
+                documents = taken.pop(result.name)
+                captured.there += documents if result.there else 0
+                committed[:] = committed[0] + documents, committed[1] + result.tokens
+                ahead[:] = max(ahead[0] - documents, 0), max(ahead[1] - result.tokens, 0)
+                show()
+        if captured.bad and not captured.documents:
+            raise BadStatesError(
+                f"none of {captured.bad:,} documents came back whole; one of them:"
+                f" {next(iter(captured.rejected.values()))}",
+                f"see {settings.log}",
+            )
         session.close(CLOSE_SECONDS)
     finally:
-        captured["start"] = session.start_seconds
+        captured.start_seconds = session.start_seconds
         session.close()

@@ -219,6 +219,11 @@ class Documents(Sequence[Document]):
         self.most_tokens = np.where(chains > 0, self.most_tokens, np.minimum(whole, longest))
         return len(order) - len(self._kept)
 
+    @property
+    def later_uids(self) -> np.ndarray:
+        """uids of the documents that later turns become, uint64, in no order."""
+        return np.frombuffer(self._turn_uids.flat, np.uint64)
+
     def __len__(self) -> int:
         return 0 if self._kept is None else len(self._kept)
 

@@ -1,4 +1,4 @@
-"""A dump over a Ray cluster: actors take blocks from one list, an engine each."""
+"""A dump over a Ray cluster: actors take parts from one list, an engine each."""
 
 import os
 from collections.abc import Sequence
@@ -9,17 +9,17 @@ from configs.errors import ConfigError
 from configs.progress import log, task
 from configs.schema import RunConfig
 from configs.target import target_config
-from pipeline.blocks import Block, blocks
-from pipeline.capture.engine import EngineSettings
+from pipeline.capture.engine import EngineSettings, PartResult
 from pipeline.capture.session import Session
 from pipeline.capture.settings import choose_view, contract, engine_settings
+from pipeline.parts import Part
 from pipeline.prompts import load_prompts
 
 __all__ = ["capture_over_ray"]
 
 
-def capture_over_ray(config: RunConfig, todo: Sequence[Block], captured: dict[str, Any]) -> None:
-    """Let actors take blocks from the list, one engine each; the files must be visible on every machine."""
+def capture_over_ray(config: RunConfig, todo: Sequence[Part], captured: Any) -> None:
+    """Let actors take parts from the list, one engine each; the files must be visible on every machine."""
     try:
         import ray
         from ray.util import ActorPool
@@ -32,19 +32,18 @@ def capture_over_ray(config: RunConfig, todo: Sequence[Block], captured: dict[st
     gpus = config.dump.tensor_parallel_size if ray.cluster_resources().get("GPU") else 0
     free = ray.cluster_resources().get("GPU", 0) // gpus if gpus else len(ray.nodes())
     actors = max(1, min(int(free), len(todo)))
-    log("dump", f"{len(todo):,} blocks over {actors} Ray actors with {gpus} GPUs each")
-    remote = ray.remote(num_gpus=gpus, num_cpus=1)(BlockActor)
-    pool = ActorPool([remote.remote(config.model_dump(mode="json"), i) for i in range(actors)])
-    with task("dump", sum(len(b.documents) for b in todo), "documents") as progress:
-        sizes = {b.name: len(b.documents) for b in todo}
-        names = [b.name for b in todo]
-        for name, tokens in pool.map_unordered(lambda actor, block: actor.run.remote(block), names):
-            captured["tokens"] += tokens
-            progress.advance(sizes[name], f"{captured['tokens']:,} tokens written")
+    log("dump", f"{len(todo):,} parts over {actors} Ray actors with {gpus} GPUs each")
+    remote = ray.remote(num_gpus=gpus, num_cpus=1)(PartActor)
+    pool: Any = ActorPool([remote.remote(config.model_dump(mode="json"), i) for i in range(actors)])
+    with task("dump", sum(len(p.documents) for p in todo), "documents") as progress:
+        sizes = {p.name: len(p.documents) for p in todo}
+        for result in pool.map_unordered(lambda actor, part: actor.run.remote(part), todo):
+            captured.add(result)
+            progress.advance(sizes[result.name], f"{captured.tokens:,} tokens written")
 
 
-class BlockActor:
-    """One engine in a Ray cluster; finds its blocks itself, from the same settings and input."""
+class PartActor:
+    """One engine in a Ray cluster; its settings follow from the same configuration and input."""
 
     def __init__(self, values: dict[str, Any], number: int) -> None:
         config = RunConfig.model_validate(values)
@@ -54,11 +53,9 @@ class BlockActor:
         place = config.run.model_copy(update={"dir": config.run.dir / f"ray{number}"})
         settings = engine_settings(config.model_copy(update={"run": place}), prompts, agreed, view)
         settings = EngineSettings(**vars(settings) | {"store": config.store_path})
-        self._blocks = {b.name: b for b in blocks(config, prompts)}
         probe = config.run.dir / run_dir.PROBE if config.dump.probe else None
         self._session = Session(settings, probe, prompts.documents[0].input_ids)
 
-    def run(self, name: str) -> tuple[str, int]:
-        """Capture and commit a block; its name and its tokens."""
-        result = self._session.run(self._blocks[name], lambda tokens: None)
-        return name, result.tokens if result else 0
+    def run(self, part: Part) -> PartResult:
+        """Capture and commit a part."""
+        return next(self._session.run([part]))

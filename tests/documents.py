@@ -9,7 +9,7 @@ import torch
 
 from featurestore import Document, StoreWriter
 
-CONTRACT = {"format": 1, "target": {"path": "/models/target", "config_sha256": "ab"}, "max_length": 4096}
+CONTRACT = {"format": 1, "target": {"path": "/models/target", "config_sha256": "ab"}, "dtype": "bfloat16"}
 
 
 @dataclass(frozen=True)

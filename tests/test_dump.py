@@ -19,10 +19,10 @@ from configs.load import load_config
 from configs.schema import RunConfig
 from featurestore import StoreWriter, open_store
 from pipeline.__main__ import main
-from pipeline.blocks import blocks
 from pipeline.capture.probe import check_states
 from pipeline.capture.settings import contract
 from pipeline.dump import plan, run
+from pipeline.parts import cut, own_share
 from pipeline.prompts import load_prompts
 
 COUNT, BLOCK = 44, 4
@@ -57,6 +57,7 @@ def config(tmp_path, tiny_checkpoint) -> RunConfig:
             "prompts.max_length=128",
             "prompts.max_answer_tokens=32",
             "prompts.held_out=0.2",
+            "prompts.max_loop_share=1",
             f"dump.block_documents={BLOCK}",
             "dump.view=v3",
             "dump.queue_bytes=8192",
@@ -79,12 +80,7 @@ def prompts_of(config: RunConfig):
 def test_plan_counts_and_writes_nothing(config, tiny_config):
     found = plan(config)
     per_token = 2 * tiny_config.hidden_size + 4 + 1
-    assert (found.documents, found.blocks, found.done, found.mine) == (
-        COUNT,
-        COUNT // BLOCK,
-        0,
-        COUNT // BLOCK,
-    )
+    assert (found.documents, found.done, found.mine, found.parts) == (COUNT, 0, COUNT, COUNT // BLOCK)
     assert found.most_tokens == found.tokens + 32 * COUNT
     assert found.most_bytes == found.most_tokens * per_token
     assert 0 < found.held_out < COUNT
@@ -113,30 +109,37 @@ def test_plan_of_an_eagle3_dump_counts_every_state_and_refuses_layers_that_are_n
         plan(load_config([real], [*settings, "dump.aux_layers=[2, 61]"]))
 
 
-def test_blocks_are_a_pure_function_of_the_input(config):
-    first = blocks(config, prompts_of(config))
-    again = blocks(changed(config, dump__worker="2/3", dump__writer_threads=1), prompts_of(config))
-    assert [b.name for b in first] == [b.name for b in again]
-    assert [d.uid for b in first for d in b.documents] == [d.uid for d in prompts_of(config).documents]
-    # more conversations at the end: what was done stays done
-    longer = changed(
-        config, prompts__path=write(config.prompts.path.with_name("longer.jsonl"), questions(COUNT + 6))
-    )
-    assert [b.name for b in blocks(longer, prompts_of(longer))][: len(first)] == [b.name for b in first]
-    # other answers, other lengths: other blocks
+def test_uids_say_what_a_document_is_and_follow_its_settings(config):
+    first = prompts_of(config).documents
     for other in (
         changed(config, prompts__answers="given"),
-        changed(config, prompts__max_length=96),
         changed(config, prompts__max_answer_tokens=16),
         changed(config, prompts__temperature=0.5),
     ):
-        assert not {b.name for b in first} & {b.name for b in blocks(other, prompts_of(other))}
+        assert not set(first.uids.tolist()) & set(prompts_of(other).documents.uids.tolist())
+    same = changed(config, prompts__held_out=0.9, dump__block_documents=3)
+    assert prompts_of(same).documents.uids.tolist() == first.uids.tolist()
 
 
-def test_workers_share_the_blocks_out(config):
-    shares = [plan(changed(config, dump__worker=f"{k}/3")).mine for k in (1, 2, 3)]
-    assert sum(shares) == COUNT // BLOCK
-    assert max(shares) - min(shares) <= 1
+def test_parts_hold_every_document_once_and_are_named_by_what_they_hold(config):
+    documents = prompts_of(config).documents
+    parts = list(cut(documents, np.arange(COUNT), BLOCK))
+    assert [d.uid for p in parts for d in p.documents] == documents.uids.tolist()
+    assert len({p.name for p in parts}) == COUNT // BLOCK
+    assert [p.name for p in cut(documents, np.arange(COUNT), BLOCK)] == [p.name for p in parts]
+    # what is left when some parts are done is cut as it was
+    left = np.setdiff1d(np.arange(COUNT), np.arange(2 * BLOCK, 3 * BLOCK))
+    assert [p.name for p in cut(documents, left, BLOCK)] == [p.name for i, p in enumerate(parts) if i != 2]
+
+
+def test_workers_share_the_documents_out(config):
+    uids = prompts_of(config).documents.uids
+    shares = [own_share(uids, f"{k}/3") for k in (1, 2, 3)]
+    assert sorted(np.concatenate(shares).tolist()) == list(range(COUNT))
+    assert [plan(changed(config, dump__worker=f"{k}/3")).mine for k in (1, 2, 3)] == [len(s) for s in shares]
+    # a document stays with its worker, wherever its line stands
+    moved = own_share(uids[::-1], "2/3")
+    assert set(uids[::-1][moved].tolist()) == set(uids[shares[1]].tolist())
 
 
 def test_documents_beyond_index_topk_are_refused_through_the_view(config, tiny_config):
@@ -186,10 +189,10 @@ def test_a_first_start_that_was_refused_does_not_freeze_its_settings(config, tmp
 def test_a_file_in_place_of_the_run_directory_is_one_clear_error(config, tmp_path, capsys):
     words = command(config, tmp_path / "run")[3:]
     (tmp_path / "file").write_text("")
-    assert main([*words, f"run.dir={tmp_path / 'file'}"]) == 1
+    assert main([*words, f"run.dir={tmp_path / 'file'}"]) == 3
     said = capsys.readouterr().err
-    assert "error:" in said
-    assert "check the path" in said
+    assert "error: cannot read" in said
+    assert "Not a directory" in said
 
 
 def test_missing_input_is_one_clear_error(config, tmp_path):
@@ -302,7 +305,9 @@ def test_killed_and_started_again_it_gives_the_store_of_an_undisturbed_run(confi
     with open(config.prompts.path, "a") as file:
         file.write('{"messages": [\n')
     summary = finish(config, whole)
-    assert (summary["documents"], summary["rejects"], summary["resumed"]) == (COUNT, 1, 0)
+    assert (summary["documents"], summary["rejects"], summary["kept_documents"]) == (COUNT, 1, 0)
+    assert json.loads((whole / "dump.json").read_text()) == summary
+    assert BLOCK / COUNT <= summary["occupancy"] <= 1
     assert [json.loads(x)["line"] for x in (whole / "rejects.jsonl").read_text().splitlines()] == [COUNT + 1]
 
     with start(config, killed, parts=3) as process:
@@ -316,17 +321,19 @@ def test_killed_and_started_again_it_gives_the_store_of_an_undisturbed_run(confi
     other = next(n for n in parts_of(whole) if n not in before)
     (killed / "store" / "parts" / f"{other}.deadbeef" / "hidden").mkdir(parents=True)
 
-    # this time only the engine dies: a new one takes over the block
+    # this time only the engine dies: a new one takes over the part
     with start(config, killed, parts=len(before) + 1) as process:
         children = psutil.Process(process.pid).children()
         (engine,) = (p for p in children if any("spawn_main" in word for word in p.cmdline()))
         engine.kill()
         out, err = process.communicate()
     assert process.returncode == 0, err[-3000:]
-    assert f"{len(before)} of {COUNT // BLOCK} blocks are committed already" in err
-    assert "failed and is tried again: the engine ended (exit code -9)" in " ".join(err.split())
+    assert f"{len(before) * BLOCK} of {COUNT} documents are in the store already" in err
+    assert "1 open parts failed and are taken again: the engine ended (exit code -9)" in " ".join(err.split())
     again, after = json.loads(out), parts_of(killed)
-    assert again["resumed"] == len(before)
+    # the part that was committed as the engine died may count as found there
+    assert again["kept_documents"] in (len(before) * BLOCK, (len(before) + 1) * BLOCK)
+    assert again["kept_documents"] + again["captured_documents"] == COUNT
     assert {name: after[name] for name in before} == before
     assert sorted(after) == sorted(p.name for p in (killed / "store" / "parts").iterdir())
     assert sorted(after) == sorted(parts_of(whole))
@@ -342,5 +349,5 @@ def test_killed_and_started_again_it_gives_the_store_of_an_undisturbed_run(confi
     # nothing left to do: no engine, the same store
     log = (killed / "engine.1-of-1.log").stat().st_size
     third = finish(config, killed)
-    assert (third["captured"], third["manifest"]) == (0, again["manifest"])
+    assert (third["captured_documents"], third["manifest"]) == (0, again["manifest"])
     assert (killed / "engine.1-of-1.log").stat().st_size == log

@@ -142,7 +142,7 @@ def test_every_kind_of_url_writes_reads_and_verifies(url) -> None:
     featurestore.drop(url, ["a"])
     assert len(open_store(url)) == len(MORE)
     with pytest.raises(ContractError):
-        StoreWriter(url, {**CONTRACT, "max_length": 3})
+        StoreWriter(url, {**CONTRACT, "dtype": "float8"})
     assert featurestore.info(url)["totals"]["documents"] == len(MORE)
 
 

@@ -167,10 +167,10 @@ def test_merge_links_the_parts_of_other_stores(tmp_path) -> None:
     shutil.rmtree(b)
     assert featurestore.verify(a).problems == []
     other = tmp_path / "other"
-    with StoreWriter(other, {**CONTRACT, "max_length": 1}) as writer:
+    with StoreWriter(other, {**CONTRACT, "dtype": "float8"}) as writer:
         append(writer, make(5, 5))
     publish(other)
-    with pytest.raises(ContractError, match="max_length: 1, not 4096"):
+    with pytest.raises(ContractError, match="dtype: 'float8', not 'bfloat16'"):
         featurestore.merge(a, [other])
 
 
@@ -364,8 +364,8 @@ def test_width_of_the_first_document_follows_the_contract(tmp_path) -> None:
 def test_another_contract_is_refused_before_anything_is_written(tmp_path) -> None:
     write(tmp_path, [make(1, 10)])
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ContractError, match="max_length: 8, not 4096"):
-        StoreWriter(tmp_path, {**CONTRACT, "max_length": 8})
+    with pytest.raises(ContractError, match="dtype: 'float8', not 'bfloat16'"):
+        StoreWriter(tmp_path, {**CONTRACT, "dtype": "float8"})
     StoreWriter(tmp_path, {**CONTRACT, "target": {**CONTRACT["target"], "path": "/elsewhere"}})
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -61,6 +61,7 @@ class Plan:
         documents, tokens: what the store holds for training; None where there is no store yet.
         checkpoint_bytes, kept: size of a checkpoint, and how many lie on the disk at most.
         steps: optimizer steps; None where they depend on a store that is not there.
+        missing: in words, what the dump has still to do.
     """
 
     anchors: int
@@ -76,6 +77,7 @@ class Plan:
     store: str
     checkpoint_bytes: int
     kept: int
+    missing: str = ""
 
     def __str__(self) -> str:
         uses = ", ".join(f"{name} {size / GIB:.1f}" for name, size in self.memory_bytes.items() if size)
@@ -84,6 +86,7 @@ class Plan:
             data = f"no store at {self.store} yet, so the number of steps is open"
         else:
             data = f"{self.documents:,} documents, {self.tokens:,} tokens in {self.store}"
+            data += f"\n{self.missing}: `layer61 dump` adds them" if self.missing else ""
         steps = f"{self.steps or 0:,} steps of at most {self.tokens_per_step:,} tokens"
         if self.steps is None:
             steps = (
@@ -394,4 +397,5 @@ def _data(config: RunConfig) -> dict[str, Any]:
         "tokens": int(lengths.sum()),
         "steps": total_steps(config, steps),
         "store": path,
+        "missing": store.missing,
     }

@@ -301,6 +301,8 @@ def _check(config: RunConfig, store: FeatureStore, target: Checkpoint, first: bo
     if first:
         # the head is two gigabytes: one rank reads it
         check_contract(store, target.directory)
+        if store.missing:
+            log("train", f"warning: {store.missing}, `layer61 dump` adds them")
     if config.train.draft == "mtp":
         check_lengths(store, target.config.get("index_topk") or 0)
 

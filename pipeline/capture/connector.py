@@ -3,7 +3,7 @@
 vLLM makes one object of `StoreConnector` beside the scheduler and one in every worker. The scheduler's object
 holds a finished request's blocks back and says which of their rows belong to a document. The object of the
 worker that writes copies the rows out, lets the blocks go, and hands the rows to threads that check them and
-append them to the open part of their block of work, in the order in which the requests finished. When more
+append them to their open part, in the order in which the requests finished. When more
 bytes wait for the threads than `queue_bytes`, the next request keeps its blocks, and so the engine admits no
 new ones.
 
@@ -12,7 +12,6 @@ new ones.
 Legend: T tokens of a document, S states of a token, D width of a state, N blocks, B tokens of a block.
 """
 
-import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -32,8 +31,7 @@ from vllm.model_executor.models.extract_hidden_states import CacheOnlyAttentionL
 from vllm.v1.kv_cache_interface import HiddenStateCacheSpec
 
 from configs.errors import CaptureError, describe
-from featurestore import StoreWriter
-from pipeline.capture.writers import OpenPart, Writers
+from pipeline.capture.writers import Writers
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -62,12 +60,15 @@ class SaveList(KVConnectorMetadata):
 class StoreConnector(KVConnectorBase_V1, SupportsHMA):
     """Writes the captured states of requests that carry `kv_transfer_params = {"layer61": document}`.
 
-    A document is {"block", "uid", "spans", "source", "held_out", "stop"}: the part it goes to, the token
-    spans its loss mask covers ([start, stop), stop None = the end), and the token ids that end an answer.
-    Rows after the first such token of the answer are dropped, as is the last sampled token, which was never
-    an input. With `block` None the states are kept for `take` instead.
+    A document is {"part", "uid", "spans", "source", "held_out", "written", "stop", "goes_on"}: the part it
+    goes to, the token spans its loss mask covers ([start, stop), stop None = the end), whether the target
+    writes its answers, and the token ids that end one. Rows after the first such token of the answer are
+    dropped, as is the last sampled token, which was never an input. An answer that has an end, at token
+    `goes_on` or before, is not the last of its conversation and nothing is kept of it; None where it always
+    is. With `part` None the states are kept for `take` instead.
 
-    Extra configuration: `writer_threads`, `queue_bytes`, and `aux_layers`, whose inputs are stored as well.
+    Extra configuration: `writer_threads`, `queue_bytes`, `max_loop_share`, and `aux_layers`, whose inputs are
+    stored as well.
     """
 
     def __init__(
@@ -109,7 +110,10 @@ class StoreConnector(KVConnectorBase_V1, SupportsHMA):
         prompt = request.num_prompt_tokens
         ids = list(request.all_token_ids)[: max(len(request.all_token_ids) - 1, prompt)]
         stop = set(document["stop"])
-        end = next((i + 1 for i in range(prompt, len(ids)) if ids[i] in stop), len(ids))
+        ends = next((i + 1 for i in range(prompt, len(ids)) if ids[i] in stop), None)
+        if ends is not None and document["goes_on"] is not None and ends <= document["goes_on"]:
+            return False, None
+        end = len(ids) if ends is None else ends
         ids = ids[: min(end, request.num_computed_tokens)]
         self._saves.append(Save(request.request_id, document, ids, list(block_ids[self._group])))
         self._held.add(request.request_id)
@@ -151,7 +155,9 @@ class StoreConnector(KVConnectorBase_V1, SupportsHMA):
                 "set another block_size in [dump.vllm]",
             )
         self._cache = cache_NSBD
-        self._writers = Writers(extra("writer_threads", 1), extra("queue_bytes", 1 << 30))
+        self._writers = Writers(
+            extra("writer_threads", 1), extra("queue_bytes", 1 << 30), extra("max_loop_share", 1.0)
+        )
         if self._cache.is_cuda:
             self._stream = torch.cuda.Stream()
 
@@ -212,66 +218,24 @@ class StoreConnector(KVConnectorBase_V1, SupportsHMA):
             # later steps may write into the freed blocks, but not before the rows are out of them
             torch.cuda.current_stream().wait_event(gathered)
         self._copied.add(save.request_id)
-        if save.document["block"] is None:
+        if save.document["part"] is None:
             if event is not None:
                 event.synchronize()
             self._kept[save.document["uid"]] = hidden_TSD
         else:
-            self._writers.submit(save.document["block"], save.document, save.token_ids, hidden_TSD, event)
+            self._writers.submit(save.document["part"], save.document, save.token_ids, hidden_TSD, event)
 
     # ------------------------------------------------------------------- driver
 
-    def open_part(self, block: str, store: str, contract: dict[str, Any], compression: str) -> None:
-        """Open the part of a block of work, for documents that name it."""
-        if self._writers is not None:
-            writer = StoreWriter(store, contract, part=block, compression=compression)
-            self._writers.parts[block] = OpenPart(writer)
-
-    def finished_count(self, block: str) -> int | None:
-        """Documents of a block whose rows have left the cache."""
-        return None if self._writers is None else self._writers.parts[block].turns
+    @property
+    def writers(self) -> Writers | None:
+        """What writes, in the worker that does."""
+        return self._writers
 
     def take(self, uid: int) -> np.ndarray | None:
-        """States of a document without a block, bf16 bits as uint16 [T, S, D], once they are there."""
+        """States of a document without a part, bf16 bits as uint16 [T, S, D], once they are there."""
         hidden_TSD = self._kept.pop(uid, None)
         return None if hidden_TSD is None else hidden_TSD.to(torch.bfloat16).view(torch.uint16).numpy()
-
-    def close_part(self, block: str, expected: dict[int, tuple[int, int]] | None) -> dict[str, Any] | None:
-        """Wait for the rows of a block and commit its part.
-
-        Args:
-            block: the part.
-            expected: number and digest of the tokens of each document, by uid; None to throw the part away.
-
-        Returns:
-            what was written, `failures` by uid, and the `error` that stopped writing, if any; the part is
-            committed only without either. None in workers that do not write.
-        """
-        if self._writers is None:
-            return None
-        part = self._writers.parts.pop(block)
-        self._writers.wait(part)
-        started = time.monotonic()
-        for uid, sent in (expected or {}).items():
-            found = part.digests.get(uid)
-            if uid not in part.failures and not part.error and found != tuple(sent):
-                part.failures[uid] = (
-                    f"{found[0] if found else 0} tokens came back, expected {sent[0]}, or their ids differ"
-                )
-        if expected is not None and not part.error and not part.failures:
-            try:
-                part.writer.commit()
-            except BaseException as error:
-                part.error = describe(error)
-        else:
-            part.writer.discard()
-        return {
-            "failures": part.failures,
-            "error": part.error,
-            "tokens": part.tokens,
-            "bytes": part.bytes,
-            "seconds": part.seconds + time.monotonic() - started,
-        }
 
 
 def _states_group(kv_cache_config: "KVCacheConfig") -> int:
@@ -301,25 +265,38 @@ class CaptureWorker:
         mode = self.vllm_config.compilation_config.cudagraph_mode  # type: ignore[attr-defined]
         return mode.name
 
-    def layer61_open(self, block: str, store: str, contract: dict[str, Any], compression: str) -> Any:
+    def layer61_open(self, name: str, store: str, contract: dict[str, Any], compression: str) -> Any:
         """Open a part; None, or the error described."""
+        writers = _connector().writers
         try:
-            _connector().open_part(block, store, contract, compression)
+            if writers is not None:
+                writers.open(name, store, contract, compression)
         except Exception as error:
             return describe(error)
         return None
 
-    def layer61_count(self, block: str) -> Any:
-        """See `StoreConnector.finished_count`."""
-        return _connector().finished_count(block)
+    def layer61_state(self, expected: dict[str, int]) -> Any:
+        """How parts stand, by name, each with the documents it is to have: see `Writers.state`."""
+        writers = _connector().writers
+        return writers and {
+            name: (writers.rows_taken(name), writers.state(name, n)) for name, n in expected.items()
+        }
+
+    def layer61_commit(self, name: str, rejected: dict[int, str]) -> None:
+        """See `Writers.commit`."""
+        writers = _connector().writers
+        if writers is not None:
+            writers.commit(name, rejected)
+
+    def layer61_close(self, name: str) -> None:
+        """See `Writers.close`."""
+        writers = _connector().writers
+        if writers is not None:
+            writers.close(name)
 
     def layer61_take(self, uid: int) -> Any:
         """See `StoreConnector.take`."""
         return _connector().take(uid)
-
-    def layer61_close(self, block: str, expected: dict[int, tuple[int, int]] | None) -> Any:
-        """See `StoreConnector.close_part`."""
-        return _connector().close_part(block, expected)
 
 
 def _connector() -> StoreConnector:

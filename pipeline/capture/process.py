@@ -4,7 +4,6 @@ import contextlib
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -15,9 +14,9 @@ from torch import cuda
 
 from configs.errors import CaptureError, describe, revive
 from pipeline import child
-from pipeline.capture.engine import BlockResult, EngineSettings
+from pipeline.capture.engine import EngineSettings
 from pipeline.capture.plugin import CAPTURE_VARIABLE
-from pipeline.prompts import Document
+from pipeline.parts import Part
 
 __all__ = ["CLOSE_SECONDS", "ENVIRONMENT", "Capture"]
 
@@ -36,21 +35,29 @@ def _serve(settings: EngineSettings, connection: Connection) -> None:
         connection.send(("error", describe(error)))
         return
     connection.send(("ready", engine.cudagraph_mode))
-    with contextlib.suppress(EOFError):
-        while True:
+    try:
+        _drive(engine, connection)
+    except EOFError:  # the driver wants no more
+        return
+    except BaseException as error:
+        connection.send(("error", describe(error)))
+
+
+def _drive(engine: Any, connection: Connection) -> None:
+    """Step the engine, taking what is sent to it in between; a step that fails ends it."""
+    while True:
+        while connection.poll(0 if engine.busy else None):
             method, args = connection.recv()
-            try:
-                if method == "block":
-                    name, documents = args
-                    result: Any = engine.run_block(
-                        name, documents, lambda tokens: connection.send(("progress", tokens))
-                    )
-                else:
-                    result = engine.probe(*args)
-            except BaseException as error:
-                connection.send(("error", describe(error)))
-            else:
-                connection.send(("result", result))
+            if method == "probe":
+                connection.send(("probed", engine.probe(*args)))
+                continue
+            if (ended := engine.open(*args)) is not None:
+                connection.send(("part", ended))
+        finished, ended = engine.step()
+        if finished[0]:
+            connection.send(("progress", finished))
+        for part in ended:
+            connection.send(("part", part))
 
 
 # Read when the process starts, before any of our code runs in it; what the user has set wins.
@@ -81,53 +88,56 @@ class Capture:
         self._process = child.start(_serve, (settings, theirs), "layer61-engine", environment)
         theirs.close()
         try:
-            self.cudagraph_mode = self._answer(lambda tokens: None)
+            self.cudagraph_mode = self.receive()
         except BaseException:
             self.close()
             raise
         self.start_seconds = time.monotonic() - started
 
-    def _answer(self, progress: Callable[[int], None]) -> Any:
-        while True:
-            try:
-                kind, value = self._connection.recv()
-            except (EOFError, ConnectionResetError):
-                self._process.join()
-                raise CaptureError(
-                    f"the engine ended (exit code {self._process.exitcode}) before its answer",
-                    f"see {self.settings.log}",
-                ) from None
-            if kind == "progress":
-                progress(value)
-            elif kind == "error":
-                if value["trace"]:
-                    raise CaptureError(f"the engine failed: {value['message']}", f"see {self.settings.log}")
-                raise revive(value, CaptureError)
-            else:
-                return value
+    def receive(self) -> Any:
+        """The next thing the engine has to say: documents that are done, a part that is, or an answer.
 
-    def run_block(
-        self, block: str, documents: Sequence[Document], progress: Callable[[int], None] = lambda tokens: None
-    ) -> BlockResult:
-        """Capture the documents of a block into its part and commit it.
-
-        Args:
-            block: name of the part.
-            documents: what to answer or to prefill.
-            progress: called with the tokens of each document that is finished.
+        Returns:
+            tuple: number and tokens of documents that were finished. PartResult: a part that is committed.
+            Refused: one that the store would not take. Otherwise the answer of the one call under way.
 
         Raises:
-            PartExistsError: another process committed the part first.
-            CaptureError: the engine failed, or a state is missing, not finite, or of another token.
-            StoreError: the part cannot be written.
+            BadStatesError: more than a few documents came back wrong.
+            CaptureError: the engine failed or ended; parts that were under way are left to do.
+            ContractError: a part does not belong to the store.
         """
-        self._connection.send(("block", (block, documents)))
-        return self._answer(progress)
+        try:
+            kind, value = self._connection.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join()
+            raise CaptureError(
+                f"the engine ended (exit code {self._process.exitcode}) before its answer",
+                f"see {self.settings.log}",
+            ) from None
+        if kind == "error":
+            if value["trace"]:
+                raise CaptureError(f"the engine failed: {value['message']}", f"see {self.settings.log}")
+            raise revive(value, CaptureError)
+        return value
+
+    def submit(self, part: Part, later: int = 0) -> None:
+        """Let the engine take a part, beside those that it has; `receive` says when it is done.
+
+        Args:
+            part: what to capture.
+            later: documents of parts that are to come, which says whether the engine could be busier.
+        """
+        self._send("part", part.name, part.documents, part.rejected, later)
 
     def probe(self, ids: np.ndarray) -> np.ndarray:
-        """States of one document, bf16 bits as uint16 [T, S, D]; nothing is stored."""
-        self._connection.send(("probe", (ids,)))
-        return self._answer(lambda tokens: None)
+        """States of one document, bf16 bits as uint16 [T, S, D]; nothing is stored, no part may be open."""
+        self._send("probe", ids)
+        return self.receive()
+
+    def _send(self, method: str, *args: Any) -> None:
+        # an engine that is gone is noticed when its answer is missing
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._connection.send((method, args))
 
     def close(self, patience_s: float = 0) -> None:
         """End the engine's process; what it had not committed is lost."""

@@ -15,6 +15,15 @@ from pipeline.view import make_view
 
 __all__ = ["check_aux_layers", "choose_view", "contract", "engine_settings"]
 
+# keys of [dump.vllm] that say how the work is done and change no number beyond its rounding
+NO_NUMBERS = frozenset(
+    {"max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization", "kv_cache_memory_bytes"}
+    | {"num_gpu_blocks_override", "enable_prefix_caching", "enable_chunked_prefill", "disable_log_stats"}
+    | {"load_format", "model_loader_extra_config", "download_dir", "distributed_executor_backend"}
+)
+# with as many sequences as a part has documents, two parts still leave a fifth of them empty
+OPEN_PARTS = 3
+
 
 def choose_view(config: RunConfig, target: dict[str, Any], *, gpu: bool | None = None) -> str:
     """`native` or `v3`, from `dump.view` and what the engine's machine can do.
@@ -79,6 +88,8 @@ def contract(config: RunConfig, prompts: Prompts, view: str) -> Contract:
             version=vllm_version().partition("+")[0],
             tp=config.dump.tensor_parallel_size,
             view=view,
+            kv_cache_dtype=str(config.dump.vllm.get("kv_cache_dtype", "auto")),
+            settings={k: v for k, v in config.dump.vllm.items() if k not in NO_NUMBERS | {"kv_cache_dtype"}},
         ),
         states=(
             *(State(site="layer_input", layer=k) for k in config.dump.aux_layers),
@@ -95,11 +106,15 @@ def engine_settings(config: RunConfig, prompts: Prompts, agreed: dict[str, Any],
         model = make_view(model, run_dir.view(config.run.dir, config.dump.worker))
     return EngineSettings(
         model=str(model),
-        max_length=config.prompts.max_length,
         tensor_parallel_size=config.dump.tensor_parallel_size,
         seed=config.run.seed,
+        turns=prompts.turns,
+        temperature=config.prompts.temperature,
+        top_p=config.prompts.top_p,
         held_out=config.prompts.held_out,
-        stop_ids=prompts.stop_ids,
+        max_loop_share=config.prompts.max_loop_share,
+        max_bad_share=config.dump.max_bad_share,
+        open_parts=config.dump.open_parts or (OPEN_PARTS if cuda.is_available() else 1),
         store=config.store_path,
         contract=agreed,
         compression=config.dump.compression,

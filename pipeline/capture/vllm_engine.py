@@ -1,7 +1,9 @@
 """vLLM as the engine of a capture: it answers or prefills documents, and its workers store their states.
 
-Its scheduler runs inside this process and steps only when asked, so the batches, and with them the rounding
-of every state and the choice between two tokens that are nearly tied, follow from the block alone.
+Its scheduler runs inside this process and steps only when asked. While one part is taken at a time, the
+batches, and with them the rounding of every state and the choice between two tokens that are nearly tied,
+follow from that part alone. With several, the documents of the next parts take the places that come free, and
+each part is committed while the engine goes on with the others.
 
 An answer ends with its end token, which is sampled last and so would never be an input of the target; a token
 that has no state could not be stored. The engine is therefore told to go on behind the end token, and the
@@ -9,19 +11,20 @@ request is taken out as soon as one more token was sampled: that step computed t
 What comes behind it is dropped by the connector. This costs one step of decoding a document.
 """
 
-import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from configs.contract import aux_layers
-from configs.errors import CaptureError, revive
+from configs.errors import BadStatesError, CaptureError
 from configs.held_out import is_held_out, uid_group
 from pipeline.capture import gpu
-from pipeline.capture.engine import BlockResult, EngineSettings
-from pipeline.prompts import Document
+from pipeline.capture.engine import EngineSettings, PartResult, Refused, too_many_bad
+from pipeline.capture.writers import digest
+from pipeline.prompts import Document, next_turn
 
 __all__ = ["Engine"]
 
@@ -29,8 +32,40 @@ CPU_KV_CACHE_BYTES = 1 << 30
 
 CPU_SEQUENCES = 128
 
-# calls of the engine without a document leaving the cache, each after a pause of one millisecond
-IDLE_STEPS = 60_000
+# how long the states of a document may take to leave the cache: longer than any retry of the store's
+PATIENCE_S = 900.0
+# between two looks at parts whose documents are all answered, each of which asks every worker
+LOOK_S = 0.005
+
+
+@dataclass
+class Taken:
+    """A part in the engine.
+
+    Attributes:
+        conversations: how many are not at their end yet.
+        expected: number and digest of the tokens of each document that will be stored, and the uid of the
+            conversation it belongs to, by its uid.
+        rejected: documents known to be bad.
+    """
+
+    name: str
+    documents: tuple[Document, ...]
+    rejected: dict[int, str]
+    conversations: int
+    expected: dict[int, tuple[int, int, int]] = field(default_factory=dict)
+    committing: bool = False
+    moved: tuple[int, float] = (-1, 0.0)  # rows that had left the cache, and when that was new
+
+
+@dataclass
+class Asked:
+    """A request in the engine: the turn of a conversation, and what was sampled for it."""
+
+    taken: Taken | None
+    document: Document
+    root: int
+    sampled: list[int] = field(default_factory=list)
 
 
 class Engine:
@@ -46,7 +81,7 @@ class Engine:
         gpu.refuse_data_parallel()
         self.settings = settings
         # one token behind the end token of the longest document
-        length = settings.max_length + 2
+        length = settings.turns.max_length + 2
         arguments: dict[str, Any] = {"dtype": "auto", "disable_log_stats": True}
         if current_platform.is_cpu():
             arguments |= {"max_num_seqs": CPU_SEQUENCES, "max_num_batched_tokens": max(4096, length)}
@@ -70,12 +105,21 @@ class Engine:
                     "kv_connector_extra_config": {
                         "writer_threads": settings.writer_threads,
                         "queue_bytes": settings.queue_bytes,
+                        "max_loop_share": settings.max_loop_share,
                         "aux_layers": aux_layers(settings.contract),
                     },
                 },
             }
         )
         self.engine = self.llm.llm_engine
+        self.slots: int = self.engine.vllm_config.scheduler_config.max_num_seqs
+        self._stop = frozenset(settings.turns.stop_ids)
+        self._parts: dict[str, Taken] = {}
+        self._asked: dict[str, Asked] = {}
+        self._later = 0  # documents that are in no open part yet
+        self._steps, self._busy = 0, 0.0
+        self._done = self._bad = 0
+        self._looked = 0.0
         self.cudagraph_mode = self._call("layer61_cudagraph_mode")
         if not current_platform.is_cpu():
             gpu.require_cudagraphs(self.cudagraph_mode, settings.vllm)
@@ -85,13 +129,71 @@ class Engine:
         answers = [a for a in self.engine.collective_rpc(method, args=args) if a is not None]
         return answers[0] if answers else None
 
-    def _add(self, name: str, ids: np.ndarray, most: int, document: dict[str, Any]) -> None:
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do but wait for more."""
+        return bool(self._parts)
+
+    def open(
+        self, name: str, documents: Sequence[Document], rejected: dict[int, str], later: int = 0
+    ) -> PartResult | Refused | None:
+        """Take a part.
+
+        Args:
+            name: of the part.
+            documents: what to answer or to prefill.
+            rejected: documents of the part known to be bad, by uid, and why.
+            later: documents of parts that are to come.
+
+        Returns:
+            None, or what became of the part if it is not taken: another process has committed it, or the
+            store cannot be written.
+        """
+        settings = self.settings
+        self._later = later
+        refused = self._call("layer61_open", name, settings.store, settings.contract, settings.compression)
+        if refused and refused["type"] == "PartExistsError":
+            return PartResult(name, there=True)
+        if refused:
+            return Refused(name, refused)
+        taken = Taken(name, tuple(documents), dict(rejected), len(documents))
+        self._parts[name] = taken
+        for document in documents:
+            self._ask(taken, document, document.uid, 0)
+        return None
+
+    def _ask(self, taken: Taken, document: Document, root: int, turn: int) -> None:
+        """Send a turn of a conversation; what is stored of it goes to its part."""
+        settings = self.settings
+        goes_on = None
+        if document.turns and not document.turn_uids:
+            goes_on = settings.turns.max_length - len(document.turns[0]) - 1
+        fields = {
+            "part": taken.name,
+            "uid": document.uid,
+            "spans": [list(span) for span in document.spans],
+            "source": document.source,
+            "held_out": bool(is_held_out(uid_group(document.uid), settings.held_out, settings.seed)),
+            "written": bool(document.answer_tokens),
+            "stop": list(self._stop) if document.answer_tokens else [],
+            "goes_on": goes_on,
+        }
+        name = f"{document.uid}.{turn}"
+        self._asked[name] = Asked(taken, document, root)
+        self._add(name, document.input_ids, document.answer_tokens + 1, fields, document.uid + turn)
+
+    def _add(self, name: str, ids: np.ndarray, most: int, document: dict[str, Any], seed: int) -> None:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
+        settings = self.settings
+        greedy = settings.temperature == 0
         sampling = SamplingParams(
-            temperature=0,
+            temperature=settings.temperature,
+            top_p=1.0 if greedy else settings.top_p,
+            # of the document, so that an answer does not depend on the order of documents
+            seed=None if greedy else seed & (1 << 63) - 1,
             max_tokens=most,
             ignore_eos=True,
             detokenize=False,
@@ -100,110 +202,149 @@ class Engine:
         )
         self.engine.add_request(name, TokensPrompt(prompt_token_ids=ids.tolist()), sampling)
 
-    def _generate(self, progress: Callable[[str, int], None]) -> dict[str, list[int]]:
-        """Step until every request is finished or taken out; the tokens sampled for each."""
-        stop = set(self.settings.stop_ids)
-        sampled: dict[str, list[int]] = {}
-        while self.engine.has_unfinished_requests():
-            outputs = self.engine.step()
-            if not outputs:
-                # every block is held back for the writers, which need this process's time
-                time.sleep(1e-3)
-            for output in outputs:
-                tokens = sampled.setdefault(output.request_id, [])
-                tokens += output.outputs[0].token_ids  # type: ignore[union-attr, index]
-                done = output.finished
-                if not done and any(t in stop for t in tokens[:-1]):
-                    self.engine.abort_request([output.request_id])
-                    done = True
-                if done:
-                    progress(output.request_id, len(tokens))
-        return sampled
+    def step(self) -> tuple[tuple[int, int], list[PartResult | Refused]]:
+        """Step the engine once, and commit what is done.
 
-    def _drain(self, count: Callable[[], int], expected: int) -> None:
-        """Step until the connector has copied the states of every request."""
-        idle, last = 0, -1
-        while (now := count()) < expected:
-            idle, last = (0, now) if now != last else (idle + 1, last)
-            if idle > IDLE_STEPS:
-                raise CaptureError(
-                    f"the engine gave the states of {now} of {expected} documents and no more",
-                    f"see {self.settings.log}",
-                )
-            self.engine.step()
-            time.sleep(1e-3)
-
-    def run_block(
-        self, block: str, documents: Sequence[Document], progress: Callable[[int], None]
-    ) -> BlockResult:
-        """Answer or prefill the documents of a block and commit its part.
+        Returns:
+            number and tokens of the documents that were finished, and the parts that were.
 
         Raises:
-            CaptureError: a document came back with other ids, without a state for each token, or not finite.
-            StoreError: the part cannot be written.
+            BadStatesError: more than a few documents are bad.
+            CaptureError: the engine gives no more states.
         """
-        started = time.monotonic()
-        settings = self.settings
-        refused = self._call("layer61_open", block, settings.store, settings.contract, settings.compression)
-        if refused:
-            raise revive(refused, CaptureError)
-        try:
-            for document in documents:
-                fields = {
-                    "block": block,
-                    "uid": document.uid,
-                    "spans": [list(span) for span in document.spans],
-                    "source": document.source,
-                    "held_out": is_held_out(uid_group(document.uid), settings.held_out, settings.seed),
-                    "stop": list(settings.stop_ids) if document.answer_tokens else [],
-                }
-                self._add(str(document.uid), document.input_ids, document.answer_tokens + 1, fields)
-            sizes = {str(d.uid): len(d.input_ids) for d in documents}
-            sampled = self._generate(lambda name, count: progress(sizes[name] + count - 1))
-            self._drain(lambda: self._call("layer61_count", block), len(documents))
-        except BaseException:
-            with contextlib.suppress(Exception):
-                self._call("layer61_close", block, None)
-            raise
-        expected = {d.uid: self._expected(d, sampled[str(d.uid)]) for d in documents}
-        written = self._call("layer61_close", block, expected)
-        if written["error"]:
-            raise revive(written["error"], CaptureError)
-        if written["failures"]:
-            uid, reason = next(iter(written["failures"].items()))
-            place = next(f"{d.source} line {d.line}" for d in documents if d.uid == uid)
+        unfinished = self.engine.get_num_unfinished_requests()
+        outputs = self.engine.step()
+        if not outputs:
+            # every block is held back for the writers, which need this process's time
+            time.sleep(1e-3)
+        finished = tokens = 0
+        ended = 0
+        for output in outputs:
+            asked = self._asked.get(output.request_id)
+            if asked is None:  # taken out at the step before
+                continue
+            known = len(asked.sampled)
+            asked.sampled += output.outputs[0].token_ids  # type: ignore[union-attr, index]
+            ended += output.finished
+            # the newest token has no state yet
+            if output.finished or not self._stop.isdisjoint(asked.sampled[max(known - 1, 0) : -1]):
+                if not output.finished:
+                    self.engine.abort_request([output.request_id])
+                    ended += 1
+                del self._asked[output.request_id]
+                last, stored = self._answered(output.request_id, asked)
+                finished, tokens = finished + last, tokens + stored
+        if unfinished:
+            running = len(self.engine.engine_core.engine_core.scheduler.running)  # type: ignore[attr-defined]
+            self._steps += 1
+            self._busy += min(1.0, (running + ended) / min(self.slots, unfinished + self._later))
+        return (finished, tokens), self._look()
+
+    def _answered(self, name: str, asked: Asked) -> tuple[bool, int]:
+        """Note a finished turn and send the next; whether it was the last, and the tokens to be stored."""
+        taken, document = asked.taken, asked.document
+        if taken is None:
+            return False, 0
+        kept = asked.sampled[:-1] if document.answer_tokens else []
+        end = next((i + 1 for i, t in enumerate(kept) if t in self._stop), len(kept))
+        following = next_turn(document, kept[:end], self.settings.turns) if document.answer_tokens else None
+        stored = 0
+        if following is None or document.turn_uids:
+            ids = [*document.input_ids.tolist(), *kept[:end]]
+            taken.expected[document.uid] = len(ids), digest(ids), asked.root
+            stored = len(ids)
+        if following is None:
+            taken.conversations -= 1
+        else:
+            self._ask(taken, following, asked.root, int(name.rpartition(".")[2]) + 1)
+        return following is None, stored
+
+    def _look(self) -> list[PartResult | Refused]:
+        """Look after the parts whose documents are all answered."""
+        ripe = {t.name: len(t.expected) for t in self._parts.values() if not t.conversations}
+        if not ripe or (time.monotonic() - self._looked < LOOK_S and self.engine.has_unfinished_requests()):
+            return []
+        found = []
+        for name, (rows, state) in self._call("layer61_state", ripe).items():
+            taken = self._parts[name]
+            if state is not None:
+                found += self._settle(taken, state)
+            elif not taken.committing:
+                self._watch(taken, rows)
+        self._looked = time.monotonic()
+        return found
+
+    def _watch(self, taken: Taken, rows: int) -> None:
+        """Raise when the states of a part's documents do not leave the cache any more."""
+        if rows != taken.moved[0]:
+            taken.moved = rows, time.monotonic()
+        elif rows < len(taken.expected) and time.monotonic() - taken.moved[1] > PATIENCE_S:
             raise CaptureError(
-                f"{len(written['failures'])} of {len(documents)} documents of block {block} came back wrong;"
-                f" the first, {place}: {reason}",
-                f"see {settings.log}",
+                f"the engine gave the states of {rows} of {len(taken.expected)} documents and no more",
+                f"see {self.settings.log}",
             )
-        return BlockResult(
-            len(documents),
-            written["tokens"],
-            written["bytes"],
-            time.monotonic() - started,
-            written["seconds"],
-        )
 
-    def _expected(self, document: Document, sampled: list[int]) -> tuple[int, int]:
-        """Number and digest of the tokens that must have been stored."""
-        from pipeline.capture.writers import digest
-
-        kept = sampled[:-1] if document.answer_tokens else []
-        stop = set(self.settings.stop_ids)
-        end = next((i + 1 for i, t in enumerate(kept) if t in stop), len(kept))
-        ids = [*document.input_ids.tolist(), *kept[:end]]
-        return len(ids), digest(ids)
+    def _settle(self, taken: Taken, state: dict[str, Any]) -> list[PartResult | Refused]:
+        """Commit a part whose rows are written, or report one that is committed or cannot be."""
+        name = taken.name
+        if state["error"] or state["committed"]:
+            self._call("layer61_close", name)
+            del self._parts[name]
+            if state["error"] and state["error"]["type"] == "PartExistsError":
+                return [PartResult(name, there=True)]
+            if state["error"]:
+                return [Refused(name, state["error"])]
+            steps, busy, self._steps, self._busy = self._steps, self._busy, 0, 0.0
+            return [
+                PartResult(
+                    name,
+                    documents=len(taken.expected) - len(state["bad"]) - len(state["looping"]),
+                    tokens=state["tokens"],
+                    bytes=state["bytes"],
+                    rejected=taken.rejected | state["bad"] | state["looping"],
+                    bad=len(state["bad"]) + len(taken.rejected),
+                    loops=state["loops"],
+                    writer_seconds=state["seconds"],
+                    steps=steps,
+                    busy=busy,
+                )
+            ]
+        swapped: dict[int, str] = {}
+        for uid, (count, crc, root) in taken.expected.items():
+            found = state["digests"].get(uid)
+            if uid not in state["bad"] and uid not in state["looping"] and found != (count, crc):
+                came = found[0] if found else 0
+                swapped[root] = f"{came} tokens came back, expected {count}, or their ids differ"
+        self._done += len(taken.expected)
+        self._bad += len(state["bad"]) + len(swapped)
+        if too_many_bad(self._bad, self._done, self.settings.max_bad_share):
+            self._call("layer61_close", name)
+            del self._parts[name]
+            reason = next(iter((state["bad"] | swapped).values()), "none of this part")
+            raise BadStatesError(
+                f"{self._bad:,} of {self._done:,} documents came back wrong, more than dump.max_bad_share ="
+                f" {self.settings.max_bad_share:g}; one of them: {reason}",
+                f"the engine itself must be at fault, see {self.settings.log}",
+            )
+        if swapped:  # they are in the part already: it is written again without them
+            self._call("layer61_close", name)
+            del self._parts[name]
+            rest = [d for d in taken.documents if d.uid not in swapped]
+            refused = self.open(name, rest, taken.rejected | swapped, self._later)
+            return [refused] if refused else []
+        taken.committing = True
+        self._call("layer61_commit", name, taken.rejected | state["bad"] | state["looping"])
+        return []
 
     def probe(self, ids: np.ndarray) -> np.ndarray:
         """States of one document as bf16 bits, uint16 [T, S, D], without storing them."""
-        self._add("probe", ids, 1, {"block": None, "uid": 0, "stop": []})
-        self._generate(lambda name, count: None)
-        found: list[Any] = []
-
-        def count() -> int:
-            found[:] = [a for a in [self._call("layer61_take", 0)] if a is not None]
-            return len(found)
-
-        self._drain(count, 1)
-        return found[0]
+        document = Document(0, ids, (), 0, "", 0, "", "")
+        self._asked["probe"] = Asked(None, document, 0)
+        self._add("probe", ids, 1, {"part": None, "uid": 0, "stop": [], "goes_on": None}, 0)
+        end = time.monotonic() + PATIENCE_S
+        while time.monotonic() < end:
+            self.step()
+            states = self._call("layer61_take", 0)
+            if states is not None:
+                return states
+        raise CaptureError("the engine gave no states of the probe document", f"see {self.settings.log}")

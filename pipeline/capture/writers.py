@@ -1,10 +1,12 @@
-"""Threads that check a document's states and append them to the open part of the store; no engine in it.
+"""Threads that check a document's states and append them to the open parts of the store; no engine in it.
 
-Whoever computes states hands them over here, so that every engine gets the same checks.
+Whoever computes states hands them over here, so that every engine gets the same checks. A document that does
+not pass is noted in its part and left out; the others go on.
 
 Legend: T tokens of a document, S states of a token, D width of a state.
 """
 
+import contextlib
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -17,6 +19,7 @@ from awscrt.checksums import crc32c
 
 from configs.errors import describe
 from featurestore import StoreWriter
+from pipeline.loops import loop_share
 
 __all__ = ["OpenPart", "Writers", "digest"]
 
@@ -39,6 +42,8 @@ class Job:
 
 @dataclass
 class OpenPart:
+    """A part being written; `written` documents are in it, the rest of those `done` in `bad` or `loops`."""
+
     writer: StoreWriter
     turns: int = 0  # handed out
     done: int = 0
@@ -46,15 +51,25 @@ class OpenPart:
     bytes: int = 0
     seconds: float = 0.0
     digests: dict[int, tuple[int, int]] = field(default_factory=dict)
-    failures: dict[int, str] = field(default_factory=dict)
+    bad: dict[int, str] = field(default_factory=dict)
+    looping: dict[int, str] = field(default_factory=dict)
+    loops: dict[str, tuple[int, int]] = field(default_factory=dict)
     error: dict[str, Any] | None = None
+    committing: bool = False
+    committed: bool = False
 
 
 class Writers:
-    """Threads that check rows and append them to their parts, fed by a queue bounded in bytes."""
+    """Threads that check rows and append them to their parts, fed by a queue bounded in bytes.
 
-    def __init__(self, threads: int, queue_bytes: int) -> None:
-        self.queue_bytes = queue_bytes
+    Args:
+        threads: how many.
+        queue_bytes: bytes of states that may wait.
+        max_loop_share: documents with more of their answers in loops are left out.
+    """
+
+    def __init__(self, threads: int, queue_bytes: int, max_loop_share: float = 1.0) -> None:
+        self.queue_bytes, self.max_loop_share = queue_bytes, max_loop_share
         self.parts: dict[str, OpenPart] = {}
         self._queue: deque[tuple[OpenPart, Job]] = deque()
         self._waiting_bytes = 0
@@ -62,25 +77,92 @@ class Writers:
         for i in range(threads):
             Thread(target=self._work, name=f"layer61-writer-{i}", daemon=True).start()
 
+    def open(self, name: str, store: str, contract: dict[str, Any], compression: str) -> None:
+        """Open a part. Raises as `StoreWriter` does."""
+        self.parts[name] = OpenPart(StoreWriter(store, contract, part=name, compression=compression))
+
     def has_room(self, size: int) -> bool:
         """Whether `size` bytes fit; an empty queue takes a document of any size."""
         with self._changed:
             return not self._waiting_bytes or self._waiting_bytes + size <= self.queue_bytes
 
     def submit(
-        self, block: str, document: dict[str, Any], token_ids: list[int], hidden: Any, event: Any
+        self, name: str, document: dict[str, Any], token_ids: list[int], hidden: Any, event: Any = None
     ) -> None:
-        part = self.parts[block]
+        """Hand over the states of a document.
+
+        Args:
+            name: its part.
+            document: {"uid", "spans", "source", "held_out", "written"}: see `StoreConnector`.
+            token_ids: T of them.
+            hidden: [T, S, D], any floating dtype, in host memory.
+            event: of the device, after which `hidden` holds them.
+        """
+        part = self.parts[name]
         with self._changed:
             self._waiting_bytes += hidden.nbytes
             self._queue.append((part, Job(document, token_ids, hidden, event, part.turns)))
             part.turns += 1
             self._changed.notify_all()
 
-    def wait(self, part: OpenPart) -> None:
-        """Block until every job of a part is done."""
+    def state(self, name: str, expected: int) -> dict[str, Any] | None:
+        """How a part stands: None while rows are being written or it is being committed.
+
+        Args:
+            name: the part.
+            expected: documents that it is to have.
+
+        Returns:
+            what was found in it once all documents are there, with `committed` False; again with True, or
+            with the `error`, when a commit is over.
+        """
+        part = self.parts[name]
         with self._changed:
-            self._changed.wait_for(lambda: part.done == part.turns)
+            if part.done < expected or (part.committing and not part.committed and not part.error):
+                return None
+            return {
+                "committed": part.committed,
+                "digests": {} if part.committing else dict(part.digests),
+                "bad": dict(part.bad),
+                "looping": dict(part.looping),
+                "loops": dict(part.loops),
+                "error": part.error,
+                "tokens": part.tokens,
+                "bytes": part.bytes,
+                "seconds": part.seconds,
+            }
+
+    def rows_taken(self, name: str) -> int:
+        """Documents of a part whose rows were handed over so far."""
+        return self.parts[name].turns
+
+    def commit(self, name: str, rejected: dict[int, str]) -> None:
+        """Begin to commit a part, with what is to be noted as left out; `state` says when it is done."""
+        part = self.parts[name]
+        part.committing = True
+        Thread(target=self._commit, args=(part, rejected), name=f"layer61-commit-{name}", daemon=True).start()
+
+    def close(self, name: str) -> None:
+        """Forget a part; one that is not committed is thrown away."""
+        part = self.parts.pop(name)
+        if not part.committed:
+            with self._changed:
+                self._changed.wait_for(lambda: part.done == part.turns)
+            with contextlib.suppress(Exception):  # the store may be away; `collect` clears what is left
+                part.writer.discard()
+
+    def _commit(self, part: OpenPart, rejected: dict[int, str]) -> None:
+        started = time.monotonic()
+        error = None
+        try:
+            for uid, reason in rejected.items():
+                part.writer.reject(uid, reason)
+            part.writer.commit()
+        except BaseException as raised:
+            error = describe(raised)
+        with self._changed:
+            part.seconds += time.monotonic() - started
+            part.error, part.committed = error, error is None
 
     def _work(self) -> None:
         while True:
@@ -88,16 +170,27 @@ class Writers:
                 self._changed.wait_for(lambda: self._queue)
                 part, job = self._queue.popleft()
             started = time.monotonic()
+            hidden, bad, looping, share = None, None, None, (0, 0)
             try:
-                hidden, failure = self._check(job)
+                hidden, bad = self._check(job)
+                share, looping = self._loops(job)
             except BaseException as error:
-                hidden, failure = None, f"{type(error).__name__}: {error}"
+                bad = f"{type(error).__name__}: {error}"
             with self._changed:
                 # jobs leave the queue in order, so the one whose turn it is always has a thread
                 while part.done != job.turn:
                     self._changed.wait()
+            uid = job.document["uid"]
             try:
-                self._append(part, job, hidden, failure)
+                if hidden is None or bad:
+                    part.bad[uid] = bad or "no state"
+                elif looping:
+                    part.looping[uid] = looping
+                elif not part.error:
+                    self._append(part, job, hidden)
+                    source = job.document["source"]
+                    before = part.loops.get(source, (0, 0))
+                    part.loops[source] = before[0] + share[0], before[1] + share[1]
             except BaseException as error:
                 part.error = part.error or describe(error)
             with self._changed:
@@ -112,21 +205,25 @@ class Writers:
         hidden = job.hidden_TSD.to(torch.bfloat16)
         if len(hidden) != len(job.token_ids):
             return None, f"{len(hidden)} states for {len(job.token_ids)} tokens"
-        finite_T = hidden.isfinite().all(-1).all(-1)
+        finite_T = hidden.isfinite().flatten(1).all(-1)
         if not finite_T.all():
             return None, f"the state of token {int(finite_T.long().argmin())} is not finite"
         return hidden, None
 
-    def _append(self, part: OpenPart, job: Job, hidden: torch.Tensor | None, failure: str | None) -> None:
-        uid = job.document["uid"]
-        if hidden is None:
-            part.failures[uid] = failure or "no state"
-            return
-        if part.error:
-            return
+    def _loops(self, job: Job) -> tuple[tuple[int, int], str | None]:
+        found, tokens = loop_share(np.asarray(job.token_ids), job.document["spans"])
+        if job.document["written"] and tokens and found / tokens > self.max_loop_share:
+            return (found, tokens), (
+                f"{found / tokens:.0%} of the answer's tokens are in loops,"
+                f" prompts.max_loop_share is {self.max_loop_share:g}"
+            )
+        return (found, tokens), None
+
+    def _append(self, part: OpenPart, job: Job, hidden: torch.Tensor) -> None:
         mask = np.zeros(len(job.token_ids), np.uint8)
         for start, stop in job.document["spans"]:
             mask[start : len(mask) if stop is None else stop] = 1
+        uid = job.document["uid"]
         part.writer.append(
             uid,
             np.asarray(job.token_ids, np.uint32),
