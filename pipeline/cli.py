@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from configs import run_dir
+from configs.engine_keys import check_keys
 from configs.errors import ConfigError, InputError, Layer61Error, StoreError
 from configs.load import freeze, load_config, settings
 from configs.lock import hold
@@ -82,6 +83,7 @@ def _stage(
     """
     config = load_config(args.config, args.overrides)
     freeze(config, args.verb, sections, write=False)
+    check_keys(config, args.verb)
     planned = plan(config)
     _say(args.verb, str(planned))
     target_config(config.require_target())

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.engine_keys import check_keys
 from configs.errors import ConfigError
 from configs.load import freeze, load_config, settings
 from configs.lock import hold
@@ -199,3 +200,30 @@ def test_a_comparison_of_settings_alone_writes_nothing(tmp_path):
     config = load_config([], [f"run.dir={tmp_path / 'run'}"])
     freeze(config, "train", ("train",), write=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("verb", "override", "near"),
+    [
+        ("dump", "dump.vllm.max_num_seq=8", "dump.vllm.max_num_seqs"),
+        ("verify", "verify.vllm.gpu_memory_utilisation=0.5", "verify.vllm.gpu_memory_utilization"),
+        ("train", "train.deepspeed.wall_clock_breakdwn=true", "train.deepspeed.wall_clock_breakdown"),
+        (
+            "train",
+            "train.deepspeed.zero_optimization.reduce_bucket=1",
+            "train.deepspeed.zero_optimization.reduce_bucket_size",
+        ),
+    ],
+)
+def test_a_key_that_the_engine_does_not_know_is_refused_before_it_starts(verb, override, near):
+    with pytest.raises(ConfigError, match="has no such setting") as error:
+        check_keys(load_config([], [override]), verb)
+    assert error.value.hint == f"did you mean {near}?"
+    value = override.partition("=")[2]
+    check_keys(load_config([], [f"{near}={value}"]), verb)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+@pytest.mark.parametrize("verb", ["dump", "train", "verify"])
+def test_the_engines_know_every_key_of_the_committed_files(path, verb):
+    check_keys(load_config([path]), verb)
