@@ -401,6 +401,8 @@ class RunConfig(Section):
             changed = [k for k, v in self.eagle3 if v != Eagle3Config.model_fields[k].default]
             if changed:
                 raise ValueError(f"eagle3.{changed[0]} is set, but train.draft is {self.train.draft!r}")
+            if self.export.draft_vocab_size is not None:
+                raise ValueError("export.draft_vocab_size is set, but an MTP draft has the target's head")
         if self.prompts.answers == "given" and self.prompts.thinking == "both":
             raise ValueError(
                 "prompts.thinking = 'both' needs the target's answers: prompts.answers = 'given'"
@@ -411,8 +413,6 @@ class RunConfig(Section):
                     f"dump.vllm.{name}: an engine of a dump cannot be data-parallel; give it GPUs with"
                     " dump.tensor_parallel_size, and start several with dump.worker or dump.ray"
                 )
-            if self.export.draft_vocab_size is not None:
-                raise ValueError("export.draft_vocab_size is set, but an MTP draft has the target's head")
         for table, owned in OWNED.items():
             section, key = table.split(".")
             value = getattr(getattr(self, section), key)

@@ -16,7 +16,7 @@ so answers do not change but for rounding. It is of no use beside any other targ
 {use}
 vLLM 0.32:
 
-    vllm serve TARGET --speculative-config \
+    vllm serve TARGET --speculative-config \\
       '{{"method": "{method}", "model": "THIS", "num_speculative_tokens": 3}}'
 
 sglang 0.5.23:

@@ -22,13 +22,13 @@ from configs.errors import ConfigError, InputError, Layer61Error
 from configs.progress import log
 from configs.schema import RunConfig
 from configs.target import target_config
-from export.check import refuse_name
 from export.checkpoint import Checkpoint
 from pipeline import child
 from pipeline.speculation import (
     CPU_ENGINE,
     draft_directory,
     draft_path,
+    refuse_draft_name,
     require_draft,
     speculative_config,
     view_of,
@@ -265,7 +265,7 @@ def plan(config: RunConfig) -> str:
     config.require_target()
     directory = draft_path(config, config.serve.draft)
     if directory is not None:
-        refuse_name(directory)
+        refuse_draft_name(config, directory)
     what = {"none": "without a draft", "released": "with the released layer"}.get(
         config.serve.draft, f"with the draft {directory}"
     )

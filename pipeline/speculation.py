@@ -12,7 +12,15 @@ from configs.schema import RunConfig
 from export.check import check, check_eagle3, refuse_name
 from export.checkpoint import Checkpoint
 
-__all__ = ["CPU_ENGINE", "draft_directory", "draft_path", "require_draft", "speculative_config", "view_of"]
+__all__ = [
+    "CPU_ENGINE",
+    "draft_directory",
+    "draft_path",
+    "refuse_draft_name",
+    "require_draft",
+    "speculative_config",
+    "view_of",
+]
 
 # arguments of an engine where there is no GPU
 CPU_ENGINE = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
@@ -50,6 +58,17 @@ def draft_directory(config: RunConfig, draft: str) -> Path | None:
             else "name trained, released or the directory of a draft",
         )
     return directory
+
+
+def refuse_draft_name(config: RunConfig, draft: Path) -> None:
+    """Refuse the path of an MTP draft that would mislead vLLM; that of an EAGLE-3 draft means nothing to it.
+
+    Raises:
+        ConfigError: as `refuse_name`.
+    """
+    made = (draft / "config.json").is_file()
+    if not (is_eagle3(draft) if made else draft == config.export_dir and config.train.draft == "eagle3"):
+        refuse_name(draft)
 
 
 def require_draft(target: Checkpoint, draft: Path | None) -> None:

@@ -24,7 +24,6 @@ from configs.held_out import is_held_out, require_recorded, uid_group
 from configs.progress import log
 from configs.provenance import vllm_version
 from configs.schema import MOST_DRAFTS, RunConfig
-from export.check import refuse_name
 from export.checkpoint import Checkpoint
 from export.directory import weights_identity
 from pipeline.conversations import input_exists
@@ -35,6 +34,7 @@ from pipeline.speculation import (
     CPU_ENGINE,
     draft_directory,
     draft_path,
+    refuse_draft_name,
     require_draft,
     speculative_config,
     view_of,
@@ -274,7 +274,7 @@ def plan(config: RunConfig) -> str:
     settings, target = config.verify, config.require_target()
     named = [draft_path(config, draft) for draft in settings.drafts]
     if "trained" in settings.drafts:
-        refuse_name(config.export_dir)
+        refuse_draft_name(config, config.export_dir)
     waiting: list[Any] = [p for p in (target, *named) if p and not p.exists()]
     there = config.prompts.path is None or input_exists(config.prompts.path)
     number = "the"

@@ -167,3 +167,19 @@ def test_a_draft_of_another_store_or_architecture_is_refused(tmp_path, plain, se
         (copy / "config.json").write_text(json.dumps(said | changes))
         with pytest.raises(InputError, match=message):
             load_layer(target, weights=copy)
+
+
+def test_every_verb_takes_an_eagle3_run_and_a_path_that_says_so(
+    tmp_path, settings, target, conversations_file
+):
+    from pipeline import verify
+
+    named = [*settings, f"run.dir={tmp_path / 'demo-eagle3'}", f"prompts.path={conversations_file}"]
+    engine = ["dump.vllm.max_num_seqs=8", "export.draft_vocab_size=40"]
+    config = load_config([], [*named, *engine, "prompts.max_length=64", "prompts.max_answer_tokens=32"])
+    assert config.export_dir.name == "eagle3"
+    assert "not yet" in verify.plan(config)
+    with pytest.raises(ConfigError, match="eagle"):
+        verify.plan(config.model_copy(update={"train": config.train.model_copy(update={"draft": "mtp"})}))
+    with pytest.raises(ConfigError, match="an MTP draft has the target's head"):
+        load_config([], ["export.draft_vocab_size=40"])
