@@ -15,7 +15,7 @@ LAYER61 := $(BIN)/layer61
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-eagle3 target dump-hidden-states train export-nextn evaluate verify serve bench-serve \
+.PHONY: help setup setup-ray demo demo-eagle3 target dump-hidden-states train export-nextn evaluate verify serve bench-serve \
 	report test test-fast check \
 	bench-store bench-dump bench-moe bench-loss bench-train bench-checkpoint kernels-report clean
 
@@ -32,6 +32,12 @@ $(STAMP): $(LOCK) pyproject.toml
 	$(BIN)/pip install -q --disable-pip-version-check -c $(LOCK) torch==2.13.0 setuptools wheel ninja py-cpuinfo
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -r $(LOCK)
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+setup-ray: $(STAMP)-ray ## add Ray to the environment, for a dump over a cluster
+
+$(STAMP)-ray: $(STAMP) requirements/ray.lock
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps -r requirements/ray.lock
 	@touch $@
 
 demo: setup ## the whole pipeline on a laptop: target, dump, train, export, verify
@@ -67,13 +73,13 @@ bench-serve: setup ## speed over HTTP with and without drafts, at several concur
 report: setup ## one self-contained HTML page about a run
 	$(LAYER61) report "$(RUN)"
 
-test: setup ## every test; no GPU needed
+test: setup setup-ray ## every test; no GPU needed
 	$(BIN)/python -m pytest -q $(ARGS)
 
 test-fast: setup ## the tests that start no engine
 	$(BIN)/python -m pytest -q -m "not engine" $(ARGS)
 
-check: setup ## lint, types and tests
+check: setup setup-ray ## lint, types and tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy configs featurestore export pipeline train

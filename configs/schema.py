@@ -178,7 +178,7 @@ class DumpConfig(Section):
     worker: Annotated[str, Field(pattern=r"^[1-9]\d*/[1-9]\d*$")] = Field("1/1", json_schema_extra=FREE)
     """`k/n`: do the k-th of n fixed slices of the conversations, one machine each."""
     ray: bool = Field(False, json_schema_extra=FREE)
-    """Spread the parts over a Ray cluster, one engine an actor."""
+    """Spread the parts over the Ray cluster at RAY_ADDRESS, or over the one of this machine."""
     writer_threads: int = Field(2, ge=1, json_schema_extra=FREE)
     """Threads that write finished documents."""
     queue_bytes: int = Field(1 << 30, ge=1, json_schema_extra=FREE)

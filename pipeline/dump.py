@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from torch import cuda
 
 from configs import run_dir
 from configs.contract import other_provenance, require_same
@@ -32,7 +33,7 @@ from pipeline.capture.settings import check_aux_layers, choose_view, contract, e
 from pipeline.conversations import Reject, input_exists
 from pipeline.parts import Part, cut, own_share
 from pipeline.prompts import NoConversationsError, Prompts, load_prompts, write_rejects
-from pipeline.ray_actors import capture_over_ray
+from pipeline.ray_dump import RaySession, cluster, has_gpus
 
 __all__ = ["Captured", "DumpPlan", "plan", "run"]
 
@@ -228,10 +229,17 @@ def run(config: RunConfig) -> dict[str, Any]:
             them are bad.
         StoreError: the store cannot be written.
     """
+    if not config.dump.ray:
+        return _run(config, cuda.is_available())
+    with cluster():
+        return _run(config, has_gpus())
+
+
+def _run(config: RunConfig, gpu: bool) -> dict[str, Any]:
     started = time.monotonic()
     target_dir = config.require_target()
     target = target_config(target_dir)
-    view = choose_view(config, target)
+    view = choose_view(config, target, gpu=gpu)
     check_aux_layers(config, target)
     rejects = config.run.dir / run_dir.REJECTS
     try:
@@ -264,11 +272,8 @@ def run(config: RunConfig) -> dict[str, Any]:
         hint = "wait for it, or give each machine its own dump.worker = 'k/n'"
         with hold(lock, "another dump with the same dump.worker", hint):
             parts = cut(prompts.documents, work.left, config.dump.block_documents)
-            if config.dump.ray:
-                capture_over_ray(config, list(parts), captured)
-            else:
-                settings = engine_settings(config, prompts, agreed, view)
-                _capture_here(config, settings, parts, prompts, work, captured)
+            settings = engine_settings(config, prompts, agreed, view, gpu=gpu)
+            _capture(config, settings, parts, prompts, work, captured)
         _write_rejects(config, prompts, work.rejected | captured.rejected)
     return _finish(config, prompts, objects, kept, captured, started)
 
@@ -334,7 +339,7 @@ def _leftovers(objects: Objects) -> dict[str, list[str]]:
     return found
 
 
-def _capture_here(
+def _capture(
     config: RunConfig,
     settings: EngineSettings,
     parts: Iterator[Part],
@@ -342,12 +347,11 @@ def _capture_here(
     work: Work,
     captured: Captured,
 ) -> None:
-    log("dump", f"starting vLLM, its log is {settings.log}")
-    session = Session(
-        settings,
-        config.run.dir / run_dir.PROBE if config.dump.probe else None,
-        prompts.documents[0].input_ids,
-    )
+    probe = (config.run.dir / run_dir.PROBE).absolute() if config.dump.probe else None
+    engines = RaySession if config.dump.ray else Session
+    session = engines(settings, probe, prompts.documents[0].input_ids)
+    if not config.dump.ray:
+        log("dump", f"starting vLLM, see {settings.log}")
     objects = open_objects(config.store_path)
     leftovers = _leftovers(objects)
     waiting = len(work.left)

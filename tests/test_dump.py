@@ -211,12 +211,6 @@ def test_a_store_of_another_target_is_refused_before_an_engine_starts(config):
     assert not list(config.run.dir.glob("engine*"))
 
 
-def test_ray_is_asked_for_only_where_it_is_needed(config, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)  # as where it is not installed
-    with pytest.raises(ConfigError, match="Ray is not installed"):
-        run(changed(config, dump__ray=True))
-
-
 def test_probe_passes_rounding_and_a_few_router_choices_and_no_more():
     random = np.random.default_rng(0)
     first = torch.from_numpy(random.standard_normal((100, 1, 64)).astype(np.float32)).bfloat16()

@@ -47,6 +47,11 @@ class Session:
             self.ready = time.monotonic()
         return self._capture
 
+    def start(self) -> float:
+        """Start the engine now, before a part needs it; the seconds all its starts took."""
+        self._engine()
+        return self.start_seconds
+
     def run(
         self,
         parts: Iterable[Part],

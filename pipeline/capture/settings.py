@@ -1,5 +1,6 @@
 """From the settings of a run to what its engine is told, and to the contract of what it captures."""
 
+import os
 from typing import Any
 
 from torch import cuda
@@ -99,13 +100,23 @@ def contract(config: RunConfig, prompts: Prompts, view: str) -> Contract:
     )
 
 
-def engine_settings(config: RunConfig, prompts: Prompts, agreed: dict[str, Any], view: str) -> EngineSettings:
-    """What the engine of this worker is told; makes the view it serves in the run directory."""
+def engine_settings(
+    config: RunConfig, prompts: Prompts, agreed: dict[str, Any], view: str, *, gpu: bool
+) -> EngineSettings:
+    """What the engine of this worker is told, paths absolute; makes the view it serves in the run directory.
+
+    Args:
+        config: the settings.
+        prompts: the input.
+        agreed: the store's contract.
+        view: as `choose_view` found.
+        gpu: whether the engine's machine has one.
+    """
     model = config.require_target()
     if view == "v3":
         model = make_view(model, run_dir.view(config.run.dir, config.dump.worker))
     return EngineSettings(
-        model=str(model),
+        model=str(model.absolute()),
         tensor_parallel_size=config.dump.tensor_parallel_size,
         seed=config.run.seed,
         turns=prompts.turns,
@@ -114,12 +125,12 @@ def engine_settings(config: RunConfig, prompts: Prompts, agreed: dict[str, Any],
         held_out=config.prompts.held_out,
         max_loop_share=config.prompts.max_loop_share,
         max_bad_share=config.dump.max_bad_share,
-        open_parts=config.dump.open_parts or (OPEN_PARTS if cuda.is_available() else 1),
-        store=config.store_path,
+        open_parts=config.dump.open_parts or (OPEN_PARTS if gpu else 1),
+        store=config.store_path if "://" in config.store_path else os.path.abspath(config.store_path),
         contract=agreed,
         compression=config.dump.compression,
         writer_threads=config.dump.writer_threads,
         queue_bytes=config.dump.queue_bytes,
-        log=str(run_dir.engine_log(config.run.dir, config.dump.worker)),
+        log=str(run_dir.engine_log(config.run.dir, config.dump.worker).absolute()),
         vllm=config.dump.vllm,
     )
