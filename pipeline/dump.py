@@ -355,6 +355,7 @@ def _capture(
     objects = open_objects(config.store_path)
     leftovers = _leftovers(objects)
     waiting = len(work.left)
+    names: set[str] = set()
     taken: dict[str, int] = {}  # documents of a part
 
     def handed_out() -> Iterator[Part]:
@@ -364,6 +365,7 @@ def _capture(
             for directory in leftovers.get(part.name, ()):
                 objects.delete(directory)
             waiting -= len(part.documents)
+            names.add(part.name)
             taken[part.name] = len(part.documents)
             yield part
 
@@ -396,6 +398,9 @@ def _capture(
                 f"see {settings.log}",
             )
         session.close(CLOSE_SECONDS)
+        for name, directories in _leftovers(objects).items():  # of engines that died on the way
+            for directory in directories if name in names else ():
+                objects.delete(directory)
     finally:
         captured.start_seconds = session.start_seconds
         session.close()
