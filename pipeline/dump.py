@@ -25,7 +25,7 @@ from configs.target import target_config
 from export.checkpoint import Checkpoint
 from featurestore import held_documents, publish
 from featurestore.objects import Objects, open_objects
-from featurestore.writer import read_root
+from featurestore.writer import committed_parts, read_root
 from pipeline.capture.engine import EngineSettings, PartResult
 from pipeline.capture.process import CLOSE_SECONDS
 from pipeline.capture.session import Session
@@ -330,11 +330,12 @@ def _write_rejects(config: RunConfig, prompts: Prompts, rejected: dict[int, str]
 
 
 def _leftovers(objects: Objects) -> dict[str, list[str]]:
-    """Directories that are no part, or a part only by its marker, by the name of the part."""
+    """Directories of parts that were not committed, by the name of the part."""
+    committed = set(committed_parts(objects, bad=[]).values())
     found: dict[str, list[str]] = {}
     for directory in objects.directories("parts"):
         name, dot, _ = directory.partition(".")
-        if dot:
+        if dot and f"parts/{directory}" not in committed:
             found.setdefault(name, []).append(f"parts/{directory}")
     return found
 
