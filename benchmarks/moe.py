@@ -16,6 +16,7 @@ import argparse
 import statistics
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -57,18 +58,25 @@ def parse(text: str) -> Problem:
     return Problem(int(T), int(D), int(F), int(E), int(K), *map(float, skew))
 
 
+def choices(problem: Problem, device: torch.device) -> Tensor:
+    """Experts of each token, int64 [tokens, topk]; with a skew some experts are chosen more often."""
+    torch.manual_seed(0)
+    scores = torch.randn(problem.tokens, problem.experts, device=device)
+    scores += problem.skew * torch.randn(problem.experts, device=device)
+    return scores.topk(problem.topk, 1).indices
+
+
 def tensors(problem: Problem, dtype: torch.dtype, device: torch.device) -> SimpleNamespace:
     """Inputs of a problem, its rows spread over the experts as its skew says."""
-    T, D, F, E, K, skew = problem
-    torch.manual_seed(0)
-    scores = torch.randn(T, E, device=device) + skew * torch.randn(E, device=device)
+    T, D, F, E, K, _ = problem
+    ids = choices(problem, device)
 
     def normal(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device).normal_(std=shape[-1] ** -0.5)
 
     return SimpleNamespace(
         x=normal(T, D).requires_grad_(),
-        ids=scores.topk(K, 1).indices,
+        ids=ids,
         weights=torch.rand(T, K, device=device).requires_grad_(),
         w1=normal(E, F, D).requires_grad_(),
         w3=normal(E, F, D).requires_grad_(),
@@ -94,8 +102,10 @@ def contenders(t: SimpleNamespace, device: torch.device) -> dict[str, Step]:
         if backend != best:
             work[backend] = step(moe, backend=backend)
 
-    # one stacked parameter for gate and up; built once, as the peers hold it
-    gate_up = torch.cat((t.w1.detach(), t.w3.detach()), 1).requires_grad_()
+    # one stacked parameter for gate and up, as the peers hold it; built once, and only if there are any
+    gate_up = t.w2
+    if find_spec("transformers") or find_spec("liger_kernel"):
+        gate_up = torch.cat((t.w1.detach(), t.w3.detach()), 1).requires_grad_()
     peer_inputs = (t.x, t.weights, gate_up, t.w2)
 
     def peer(function: Callable[[], Tensor]) -> Step:

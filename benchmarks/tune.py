@@ -142,6 +142,14 @@ def write(table: Table) -> None:
     )
 
 
+def milliseconds(kernel: str, tile: Tile, problem: Problem, device: torch.device) -> float:
+    """Median time of a kernel alone with a tile, on the GPU."""
+    call = loss_call(tile, device) if kernel == "loss_rows" else problem.call(kernel, tile)
+    return statistics.median(
+        triton.testing.do_bench(lambda: run(call), warmup=20, rep=100, return_mode="all")
+    )
+
+
 def tune(kernels: list[str], device: torch.device) -> Table:
     """The table measured anew."""
     table = {key: dict(entries) for key, entries in tiles.TABLE.items()}
@@ -156,11 +164,7 @@ def tune(kernels: list[str], device: torch.device) -> Table:
                 # the order of the programs changes nothing in their code
                 if not sound(kernel, tile._replace(group=1), tokens):
                     continue
-                call = loss_call(tile, device) if kernel == "loss_rows" else problem.call(kernel, tile)
-                times[tile] = statistics.median(
-                    triton.testing.do_bench(lambda c=call: run(c), warmup=20, rep=100, return_mode="all")
-                )
-                del call
+                times[tile] = milliseconds(kernel, tile, problem, device)
             best = min(times, key=times.__getitem__)
             if times[best] > 0.99 * times.get(committed, float("inf")):
                 best = committed

@@ -213,8 +213,9 @@ def _weight_grad_kernel(
     TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """dw[e] = dense^T gathered [F, D] (w1, w3), or its transpose [D, F] (w2), in tiles of BM and BN."""
-    tiles_m: tl.constexpr = tl.cdiv(F, BM)
-    tiles_n: tl.constexpr = tl.cdiv(D, BN)
+    # not tl.cdiv, which Triton 3.6 does not keep constant
+    tiles_m: tl.constexpr = (F + BM - 1) // BM
+    tiles_n: tl.constexpr = (D + BN - 1) // BN
     expert = tl.program_id(0) // (tiles_m * tiles_n)
     tile_m, tile_n = _place(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP)
     start = tl.load(offsets + expert).to(tl.int32)
