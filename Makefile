@@ -17,7 +17,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-ray demo demo-eagle3 target dump-hidden-states train export-nextn evaluate verify serve bench-serve \
 	report test test-fast check \
-	bench-store bench-dump bench-moe bench-loss bench-train bench-checkpoint kernels-report clean
+	bench-store bench-dump bench-moe bench-loss bench-train bench-checkpoint kernels-report gpu-rehearsal clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -105,6 +105,9 @@ bench-checkpoint: setup ## saving and loading 300 million parameters, beside the
 
 kernels-report: setup ## registers, spills and shared memory of each kernel, compiled ahead of time
 	$(BIN)/python -m benchmarks.kernels_report $(ARGS)
+
+gpu-rehearsal: ## everything that awaits a GPU, in nine minutes; needs no setup, only torch, triton and pytest
+	python3 -m benchmarks.gpu $(ARGS)
 
 clean: ## remove the environment and caches; runs/ is kept
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

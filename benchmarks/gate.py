@@ -22,9 +22,9 @@ ROOT = Path(__file__).parent.parent
 KERNEL_TESTS: dict[str, Any] = {
     "cwd": ROOT,
     "env": os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
-    "capture_output": True,
     "text": True,
 }
+"""How `subprocess` is to start a command of `kernel_tests`."""
 
 
 def kernel_tests(*arguments: str) -> list[str]:
@@ -37,7 +37,8 @@ def kernel_tests(*arguments: str) -> list[str]:
 def require_green(test: str) -> None:
     """Run a test file of tests/kernels; exit with its output if it fails."""
     print(f"running {test} first ...", flush=True)
-    run = subprocess.run(kernel_tests("-x", test), **KERNEL_TESTS, check=False)
+    command = kernel_tests("-x", test)
+    run = subprocess.run(command, **KERNEL_TESTS, capture_output=True, check=False)
     if run.returncode:
         said = f"{run.stdout}{run.stderr}(pytest ended with {run.returncode})"
         sys.exit(f"{said}\n{test} is red: nothing is measured until it is green")
