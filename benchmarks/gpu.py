@@ -42,13 +42,16 @@ from torch import Tensor, nn
 
 from benchmarks import gate, head_loss, moe
 from train.attention import attention_form, per_row
-from train.cost import device_tflops, model_flops, work
+from train.cost import activation_bytes, device_tflops, model_flops, work
 from train.dims import Dims
 from train.kernels.loss_ref import head_loss_reference
 from train.kernels.moe import moe as experts
 from train.loss import head_loss as vocabulary_loss
 from train.mtp import MTPLayer
 from train.unroll import select, unroll
+
+# as the trainer sets it; read when the device is first used
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 Emit = Callable[..., None]
 GIB = 2**30
@@ -192,10 +195,10 @@ def compare_loss(place: Place, rows: int, hidden: int, vocabulary: int) -> dict[
     return {"elements": rows * vocabulary}
 
 
-def real_dims(tiny: bool) -> Dims:
+def real_config(tiny: bool) -> dict[str, Any]:
     """Sizes of the released target."""
     config = json.loads((gate.ROOT / "configs" / "deepseek-v3.2.config.json").read_text())
-    return Dims.from_config(config | (TINY if tiny else {}))
+    return config | (TINY if tiny else {})
 
 
 def random_layer(place: Place, dims: Dims) -> MTPLayer:
@@ -221,11 +224,11 @@ def documents(place: Place, tokens: int, length: int) -> Tensor:
 
 def layer(place: Place, emit: Emit) -> None:
     """Forward and backward of the whole layer, with an anchor at every place and at about half of them."""
-    dims = real_dims(place.tiny)
+    config = real_config(place.tiny)
+    dims = Dims.from_config(config)
     tokens, length, steps, rounds = (96, 40, 3, 1) if place.tiny else (8192, 1100, 6, 5)
     module = random_layer(place, dims)
-    memory = Memory(place.device)
-    emit(parameters=sum(p.numel() for p in module.parameters()), gib=memory.now())
+    emit(parameters=sum(p.numel() for p in module.parameters()))
     ids = torch.randint(dims.vocab_size, (tokens,), device=place.device)
     hidden = place.normal(tokens, dims.hidden_size)
     bounds = documents(place, tokens, length)
@@ -234,31 +237,38 @@ def layer(place: Place, emit: Emit) -> None:
     for share in (1.0, 0.45):
         # of real documents the answer is wanted, their last part
         mask = row >= length * (1 - share)
-        run = functools.partial(train_step, module, ids, hidden, bounds, mask, steps, rounds, memory)
+        run = functools.partial(train_step, config, module, ids, hidden, bounds, mask, steps, rounds)
         failed += attempt(emit, f"{share:.0%} of the tokens wanted", run)
         module.zero_grad(set_to_none=True)
     if failed:
         raise RuntimeError(f"failed: {', '.join(failed)}")
 
 
-class Memory:
-    """Most memory since `reset`, in GiB; None on CPU, where torch does not count it."""
+def planned_gib(
+    config: dict[str, Any], module: MTPLayer, tokens: int, anchors: int, steps: int, longest: int
+) -> dict[str, float]:
+    """What the plan of a run says of the two peaks, without what ZeRO and the documents hold."""
+    size = module.lm_head.element_size()
+    kept = sum(x.numel() for x in (*module.parameters(), module.embed_tokens, module.lm_head)) * size
+    gradients = sum(p.numel() for p in module.parameters() if p.requires_grad) * size
+    forward, left = activation_bytes(
+        config, None, tokens=tokens, anchors=anchors, steps=steps, size=size, longest=longest
+    )
+    peaks = {"forward and loss": kept + forward, "backward": kept + gradients + left}
+    return {name: round(found / GIB, 2) for name, found in peaks.items()}
 
-    def __init__(self, device: torch.device) -> None:
-        self.counted = device.type == "cuda"
 
-    def reset(self) -> None:
-        if self.counted:
-            torch.cuda.reset_peak_memory_stats()
-
-    def peak(self) -> float | None:
-        return round(torch.cuda.max_memory_allocated() / GIB, 2) if self.counted else None
-
-    def now(self) -> float | None:
-        return round(torch.cuda.memory_allocated() / GIB, 2) if self.counted else None
+def peak_gib() -> float | None:
+    """Most memory since the last call; None on CPU, where torch does not count it."""
+    if not torch.cuda.is_available():
+        return None
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return round(peak / GIB, 2)
 
 
 def train_step(
+    config: dict[str, Any],
     module: MTPLayer,
     ids: Tensor,
     hidden: Tensor,
@@ -266,7 +276,6 @@ def train_step(
     mask: Tensor,
     steps: int,
     rounds: int,
-    memory: Memory,
 ) -> dict[str, Any]:
     """Time and memory of forward, loss and backward, the first (which compiles) apart."""
     device, scored = ids.device, select(mask, bounds, steps)
@@ -287,13 +296,12 @@ def train_step(
 
     def step() -> None:
         module.zero_grad(set_to_none=True)
-        memory.reset()
+        peak_gib()
         for name, part in (("forward", forward), ("loss", loss), ("backward", backward)):
             if name == "backward":
-                peaks["forward and loss"] = memory.peak()
-                memory.reset()
+                peaks["forward and loss"] = peak_gib()
             taken[name].append(gate.seconds(part, device))
-        peaks["backward"] = memory.peak()
+        peaks["backward"] = peak_gib()
 
     for _ in range(rounds + 1):
         step()
@@ -318,6 +326,7 @@ def train_step(
         "model_tflops": round(flops / total / 1e12, 2),
         "mfu": round(flops / total / 1e12 / rate, 4) if rate else None,
         "peak_gib": peaks,
+        "planned_gib": planned_gib(config, module, len(ids), anchors, steps, int(bounds.diff().max())),
         "loss": round(float(kept["loss"].detach()), 4),
         "gradient_norm": float(norm),
         "kernel_ms": device_times(step) if device.type == "cuda" else None,
@@ -365,7 +374,7 @@ def loss(place: Place, emit: Emit) -> None:
 
 def attention(place: Place, emit: Emit) -> None:
     """An unroll's attention, forward and backward, in the plain form and as one kernel."""
-    dims = real_dims(place.tiny)
+    dims = Dims.from_config(real_config(place.tiny))
     failed = []
     # of long documents the plain form cannot keep the scores of more steps
     for length, steps in ((20, 2),) if place.tiny else ((1100, 3), (4096, 1)):

@@ -26,7 +26,7 @@ MAY_IMPORT = {
 TRAIN = [
     *["kernels", "loss", "dims", "indexer", "attention", "blocks", "mtp", "eagle3", "model"],
     *["unroll", "batch", "vocabulary", "start", "draft", "evaluate"],
-    *["plan", "cost", "zero", "checkpoint", "metrics", "trainer", "launch"],
+    *["cost", "plan", "zero", "checkpoint", "metrics", "trainer", "launch"],
 ]
 
 

@@ -1,9 +1,11 @@
-"""What a batch costs: its floating-point operations, and what devices can do.
+"""What a batch costs: floating-point operations, beside what devices can do, and memory.
 
 Imports neither settings nor stores, so that a bare machine with a GPU can count too.
 """
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from train.eagle3 import Eagle3Layer
 from train.model import Layer
 from train.unroll import Scored
 
-__all__ = ["device_tflops", "model_flops", "work"]
+__all__ = ["activation_bytes", "device_tflops", "model_flops", "work"]
 
 # dense bfloat16, from the data sheets of the SXM forms
 TFLOPS = {"H100": 989.5, "H200": 989.5, "GH200": 989.5, "B200": 2250.0, "A100": 312.0}
@@ -66,3 +68,58 @@ def model_flops(layer: Layer, tokens: int, anchors: int, keys: int, predictions:
     N = layer.draft_vocab_size if isinstance(layer, Eagle3Layer) else V
     passes = 3 if own is not None and own.requires_grad else 2
     return 6 * layers + 2 * D * predictions * (V + passes * steps * N)
+
+
+def activation_bytes(
+    model: Mapping[str, Any],
+    draft: Mapping[str, Any] | None,
+    *,
+    tokens: int,
+    anchors: int,
+    steps: int,
+    size: int,
+    longest: int,
+) -> tuple[int, int]:
+    """Most bytes that come and go beside the layer and its gradients: before the backward, and at its end.
+
+    Before it, everything autograd keeps, and the loss; at its end, the rows from which the gradients of the
+    experts are formed.
+
+    Args:
+        model: the target's config.json.
+        draft: the config.json of an EAGLE-3 draft.
+        tokens: of a micro-batch; they count where step 0 projects them.
+        anchors: of a micro-batch; they count where a step of the unroll goes on.
+        steps: draft steps.
+        size: bytes of an element; 2 stands for the forms that a GPU takes.
+        longest: tokens of the longest document.
+    """
+    D, F, V = model["hidden_size"], model["moe_intermediate_size"], model["vocab_size"]
+    H, E, K = model["num_attention_heads"], model["n_routed_experts"], model["num_experts_per_tok"]
+    if draft is not None:
+        F, E, K = draft["intermediate_size"], 1, 1
+    L, low = model["kv_lora_rank"], model["q_lora_rank"]
+    nope, rope, value = model["qk_nope_head_dim"], model["qk_rope_head_dim"], model["v_head_dim"]
+    rows = steps * anchors
+    # embedding, carried state, both joined, residual, normed; queries, keys, values and their latents
+    project = 6 * D + 3 * low + 2 * H * (nope + rope) + H * (nope + value) + 2 * L + rope
+    # residuals, normed, states, students and their gradients; heads, experts and the shared one
+    onwards = 8 * D + H * value + 2 * K * F + 4 * F
+    kept = (tokens + rows - anchors) * project + rows * onwards + anchors * (D + H * (nope + rope))
+    # in float32: rotary parts and the router's scores
+    kept_32 = (tokens + rows - anchors) * 2 * H * rope + rows * 4 * E
+    # rows gathered for the experts, their results and the gradients of both
+    passing = 4 * anchors * K * D
+    if draft is not None:
+        # the layers of the target that it joins
+        passing = tokens * len(draft["eagle_aux_hidden_state_layer_ids"]) * D
+    on_gpu = size == 2
+    if on_gpu:
+        logits = 2 * max((1 << 28) // V // 128, 1) * 128 * V * size
+    else:
+        # the plain forms keep the attention's weights, and hold logits in several forms
+        kept_32 += 2 * rows * H * min(longest, tokens)
+        logits = 6 * max((1 << 19) // V, 64) * V * 4
+    forward = (kept + passing) * size + kept_32 * 4 + logits
+    left = rows * (4 * K * F + 3 * D) + (0 if on_gpu else rows * K * D)
+    return forward, left * size

@@ -20,6 +20,7 @@ from export.check import refuse_name
 from export.keymap import draft_keymap
 from featurestore import FeatureStore, steps_per_epoch
 from train.batch import open_split
+from train.cost import activation_bytes
 from train.start import new_config
 
 __all__ = [
@@ -251,37 +252,21 @@ def _memory(
     """
     train, ranks = config.train, num_ranks(config.train)
     size = 2 if train.dtype == "bfloat16" else 4
-    D, F, V = model["hidden_size"], model["moe_intermediate_size"], model["vocab_size"]
-    H, E, K = model["num_attention_heads"], model["n_routed_experts"], model["num_experts_per_tok"]
+    D, F, E = model["hidden_size"], model["moe_intermediate_size"], model["n_routed_experts"]
     if draft is not None:
-        F, E, K = draft["intermediate_size"], 1, 1
-    L, low = model["kv_lora_rank"], model["q_lora_rank"]
-    nope, rope, value = model["qk_nope_head_dim"], model["qk_rope_head_dim"], model["v_head_dim"]
-    tokens, steps = train.tokens_per_rank, train.num_steps
-    rows = steps * anchors
-    # embedding, carried state, both joined, residual, normed; queries, keys, values and their latents
-    project = 6 * D + 3 * low + 2 * H * (nope + rope) + H * (nope + value) + 2 * L + rope
-    # residuals, normed, states, students and their gradients; heads, experts and the shared one
-    onwards = 8 * D + H * value + 2 * K * F + 4 * F
-    kept = (tokens + rows - anchors) * project + rows * onwards + anchors * (D + H * (nope + rope))
-    # in float32: rotary parts and the router's scores
-    kept_32 = (tokens + rows - anchors) * 2 * H * rope + rows * 4 * E
-    # rows gathered for the experts, their results and the gradients of both
-    passing = 4 * anchors * K * D
-    if draft is not None:
-        # the layers of the target that it joins
-        passing = tokens * len(draft["eagle_aux_hidden_state_layer_ids"]) * D
+        F, E = draft["intermediate_size"], 1
     on_gpu = size == 2
-    if on_gpu:
-        logits = 2 * max((1 << 28) // V // 128, 1) * 128 * V * size
-    else:
-        # the plain forms keep the attention's weights, and hold logits in several forms
-        kept_32 += 2 * rows * H * min(longest, tokens)
-        logits = 6 * max((1 << 19) // V, 64) * V * 4
-    forward = (kept + passing) * size + kept_32 * 4 + logits
+    forward, left = activation_bytes(
+        model,
+        draft,
+        tokens=train.tokens_per_rank,
+        anchors=anchors,
+        steps=train.num_steps,
+        size=size,
+        longest=longest,
+    )
     experts = 3 * E * F * D
-    left = rows * (4 * K * F + 3 * D) + (0 if on_gpu else rows * K * D)
-    backward = (left + experts + min(REDUCE_BUCKET, trainable)) * size
+    backward = left + (experts + min(REDUCE_BUCKET, trainable)) * size
     update = min(trainable // ranks, SUB_GROUP) * 4 + trainable * size
     peaks = {
         "activations and loss": forward,
@@ -296,7 +281,7 @@ def _memory(
         "layer": (trainable + frozen) * size,
         "embedding and head": tables * size,
         largest: peaks[largest],
-        "batches read ahead": 0 if on_gpu else 4 * tokens * D * size,
+        "batches read ahead": 0 if on_gpu else 4 * train.tokens_per_rank * D * size,
         "runtime": OVERHEAD_BYTES if on_gpu else GIB // 2,
     }
 
