@@ -23,6 +23,7 @@ from featurestore import held_documents, open_store, part_exists, publish
 from pipeline.capture import vllm_engine
 from pipeline.capture.engine import EngineSettings, PartResult, Refused
 from pipeline.capture.plugin import CAPTURE_VARIABLE
+from pipeline.capture.probe import check_states
 from pipeline.capture.process import ENVIRONMENT, Capture
 from pipeline.capture.vllm_engine import Engine
 from pipeline.capture.writers import digest
@@ -35,6 +36,8 @@ LENGTH = 256
 ANSWER = 24
 # beside the state after the final norm, what enters the second of the two layers
 STATES = [{"site": "layer_input", "layer": 1}, {"site": "post_norm", "layer": 2}]
+# what follows an answer, up to where the next one begins
+QUESTION = np.arange(20, 32, dtype=np.uint32)
 # relative error of a row: one rounding to bf16 moves each value by at most 2**-8 of itself
 ROUNDING = 2**-8
 
@@ -114,6 +117,11 @@ def drive(view: Path, folder: Path, dtype: str, given: list[Document], asked: li
     engine.settings = replace(engine.settings, turns=turns((stop,)), store=str(folder / "stopped"))
     engine._stop = frozenset((stop,))
     capture(engine, "stopped", asked)
+    publish(engine.settings.store)
+    engine.settings = replace(engine.settings, store=str(folder / "turns"))
+    result = capture(engine, "turns", [replace(d, turns=(QUESTION,)) for d in asked])
+    assert isinstance(result, PartResult)
+    assert (result.documents, result.rejected) == (len(asked), {})
     publish(engine.settings.store)
     np.savez(folder / "probe.npz", states=engine.probe(given[0].input_ids), stop=stop)
 
@@ -292,6 +300,31 @@ def test_an_answer_is_stored_with_its_end_token_and_a_state_for_it(documents, bf
     assert ended > 0
 
 
+def test_each_answer_of_a_conversation_is_written_in_the_context_of_earlier_ones(documents, bfloat16):
+    """An answer without an end is the last; all that the target wrote counts, with the context's states."""
+    stop = int(np.load(bfloat16 / "probe.npz")["stop"])
+    stopped, turned = by_uid(bfloat16 / "stopped"), by_uid(bfloat16 / "turns")
+    went_on = 0
+    for asked in documents["asked"]:
+        first, whole = stopped[asked.uid].input_ids, turned[asked.uid]
+        assert torch.equal(whole.input_ids[: len(first)], first)
+        mask = [i >= len(asked.input_ids) for i in range(len(first))]
+        if first[-1] == stop:
+            went_on += 1
+            behind = whole.input_ids[len(first) :]
+            assert behind[: len(QUESTION)].tolist() == QUESTION.tolist()
+            answer = behind[len(QUESTION) :]
+            assert 0 < len(answer) <= ANSWER
+            assert stop not in answer[:-1].tolist()
+            mask += [False] * len(QUESTION) + [True] * len(answer)
+        assert whole.loss_mask.tolist() == mask
+        assert len(whole.hidden) == len(whole.input_ids) == len(mask)
+        # computed at once here and token by token there: a router may choose otherwise now and then
+        again, before = whole.hidden[: len(first)], stopped[asked.uid].hidden
+        check_states(again.view(torch.uint16).numpy(), before.view(torch.uint16).numpy(), "the engine's log")
+    assert went_on > 0
+
+
 def test_greedy_answers_follow_from_the_stored_states(view, documents, bfloat16):
     """The state of a token predicts the next one through the head: rows are not shifted."""
     from export.checkpoint import Checkpoint
@@ -334,7 +367,7 @@ def test_a_bad_document_is_left_out_and_the_others_are_kept(documents, bfloat16)
 
 def test_an_engine_whose_states_are_all_bad_commits_nothing(bfloat16):
     text = (bfloat16 / "broken.txt").read_text()
-    assert "9 of 35 documents came back wrong, more than dump.max_bad_share = 0.01" in text
+    assert "documents came back wrong, more than dump.max_bad_share = 0.01" in text
     assert "the state of token 0 is not finite" in text
     assert not part_exists(bfloat16 / "broken", "broken")
 
