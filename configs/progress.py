@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-__all__ = ["Task", "console", "log", "say", "task"]
+__all__ = ["Task", "console", "count", "log", "say", "task"]
 
 # data goes to stdout, everything said to a person goes to stderr
 console = Console(stderr=True, highlight=False)
@@ -24,6 +24,11 @@ def say(text: str, **style: Any) -> None:
 def log(stage: str, text: str) -> None:
     """Print one self-contained line: time, stage, text."""
     say(f"{time.strftime('%H:%M:%S')} {stage:<8} | {text}")
+
+
+def count(number: float, one: str, several: str = "") -> str:
+    """A number and its noun: `1 block`, `2 blocks`."""
+    return f"{number:,} {one if number == 1 else several or one + 's'}"
 
 
 class Task:

@@ -76,7 +76,7 @@ class Checkpoint:
             missing = sorted(f for f in set(weight_map.values()) if not (self.directory / f).is_file())
             if missing:
                 raise InputError(
-                    f"{index} names {len(missing)} missing files: {', '.join(missing[:3])}",
+                    f"{index} names files that are missing, {len(missing)}: {', '.join(missing[:3])}",
                     "the copy or download is incomplete; fetch these files again",
                 )
             return weight_map
@@ -176,6 +176,11 @@ class Checkpoint:
             raise InputError(f"{self.directory}/config.json has no num_hidden_layers")
         prefix = mtp_prefix(self.config)
         names = tuple(name for name in self.names if name.startswith(prefix))
+        if f"{prefix}eh_proj.weight" not in names and "model.layers.0.eh_proj.weight" in self:
+            raise InputError(
+                f"{self.directory} has its layer as model.layers.0, as an export of layout sglang-legacy",
+                "name an export of layout nextn, or the checkpoint that it was made from",
+            )
         if f"{prefix}eh_proj.weight" not in names:
             raise InputError(
                 f"{self.directory} has no MTP layer: no tensor {prefix}eh_proj.weight after"

@@ -24,7 +24,7 @@ from configs import run_dir
 from configs.contract import require_trained_for, target_contract
 from configs.errors import ConfigError, InputError
 from configs.files import write_json
-from configs.progress import log, task
+from configs.progress import count, log, task
 from export import fp8
 from export.card import model_card
 from export.check import check, refuse_name
@@ -118,10 +118,10 @@ class Plan:
         what = "the released layer" if self.weights.directory == self.target.directory else "the layer"
         step = "" if self.step is None else f" of step {self.step:,}"
         form = "fp8" if self.quantization == "fp8" else "unquantised"
-        links = f" and {len(self.links)} links" if self.layout == "stitched" else ""
+        links = f" and {count(len(self.links), 'link')}" if self.layout == "stitched" else ""
         return (
             f"{what}{step} as {self.layout}, {form}: {self.num_tensors:,} tensors,"
-            f" {self.num_bytes / 1e9:,.3f} GB in {len(self.files)} files{links}, to {self.directory}"
+            f" {self.num_bytes / 1e9:,.3f} GB in {count(len(self.files), 'file')}{links}, to {self.directory}"
         )
 
 

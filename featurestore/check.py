@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from configs.errors import StoreCorruptError, StoreError, StoreNotFoundError, StoreVersionError
-from configs.progress import task
+from configs.progress import count, task
 from featurestore.layout import SCHEMA, dump_json, group_metadata, object_path, token_shards
 from featurestore.manifest import (
     _publish,
@@ -331,7 +331,7 @@ def render_report(report: Report) -> RenderableType:
     gib = report.bytes / 2**30
     version = f"manifest {report.version}" if report.version else "nothing published"
     head = (
-        f"{report.url}: {version}, {report.parts:,} parts, {report.documents:,} documents,"
+        f"{report.url}: {version}, {count(report.parts, 'part')}, {count(report.documents, 'document')},"
         f" {gib:.2f} GiB checked in {report.seconds:.1f} s"
     )
     if not report.problems:

@@ -133,6 +133,13 @@ class RemoteObjects:
                 f"cannot {doing} {self.url}/{name}: {_first_line(error)}", "check the credentials"
             ) from error
         except (BaseError, OSError) as error:
+            # asked where there are no others, which only a machine of that cloud answers
+            if "169.254.169.254" in str(error) or "metadata.google" in str(error):
+                raise StoreError(
+                    f"cannot {doing} {self.url}/{name}: no credentials for {self.bucket} were found",
+                    "set the variables that the service asks for, as AWS_ACCESS_KEY_ID and"
+                    " AWS_SECRET_ACCESS_KEY for s3, GOOGLE_APPLICATION_CREDENTIALS for gs",
+                ) from error
             raise StoreError(
                 f"cannot {doing} {self.url}/{name}: {_first_line(error)}", NETWORK_HINT
             ) from error

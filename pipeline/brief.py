@@ -3,12 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["brief", "count"]
+from configs.progress import count
 
-
-def count(number: float, one: str, several: str = "") -> str:
-    """A number and its noun: `1 block`, `2 blocks`."""
-    return f"{number:,} {one if number == 1 else several or one + 's'}"
+__all__ = ["brief"]
 
 
 def _positions(found: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from configs.errors import BadStatesError
 from configs.files import write_json
 from configs.held_out import is_held_out, uid_group
 from configs.lock import hold
-from configs.progress import log, task
+from configs.progress import count, log, task
 from configs.schema import RunConfig
 from configs.target import target_config
 from export.checkpoint import Checkpoint
@@ -87,9 +87,10 @@ class DumpPlan:
                 f"{self.tokens:,} tokens of prompts, at most {self.most_tokens:,} with the answers the target"
                 f" writes, at most {_size(self.most_bytes)}"
             )
-        left = f"{self.documents:,} documents ({self.held_out:,} held out of training), {tokens}"
-        out = f"{self.rejects:,} conversations rejected, {self.duplicates:,} duplicates"
-        todo = f"{self.done:,} documents done, {self.mine:,} to do here, in {self.parts:,} parts"
+        left = f"{count(self.documents, 'document')} ({self.held_out:,} held out of training), {tokens}"
+        out = f"{count(self.rejects, 'conversation')} rejected, {count(self.duplicates, 'duplicate')}"
+        parts = count(self.parts, "part")
+        todo = f"{count(self.done, 'document')} done, {self.mine:,} to do here, in {parts}"
         return f"{each}\n{left}; {out}\n{todo}"
 
 

@@ -1,16 +1,20 @@
 """One self-contained HTML page about a run: figures and tables of what was measured; no scripts, no links."""
 
+import contextlib
 import html
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from configs import run_dir
 from configs.errors import InputError
 from configs.files import atomic_write, read_json
 
 __all__ = ["write"]
+
+T = TypeVar("T")
 
 RESULTS = (run_dir.METRICS, run_dir.VERIFICATION, run_dir.SERVING, run_dir.SUMMARY, run_dir.EVALUATIONS)
 
@@ -23,14 +27,32 @@ td + td, th + th { text-align: right; font-variant-numeric: tabular-nums }
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line cut short by a kill is left out."""
+    """The lines of metrics.jsonl; what is no metric, as a line cut short by a kill, is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and "step" in row:
+                rows.append(row)
     return rows
+
+
+def _from(path: Path, make: Callable[[Path], T]) -> T:
+    """What is made of a file. Raises InputError, which names it, where it is not as we write it."""
+    try:
+        return make(path)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path} is damaged: {type(error).__name__}: {error}",
+            "move it out of the way: the stage that wrote it writes it again",
+        ) from error
+
+
+def _evaluation(path: Path) -> dict[str, Any]:
+    found = read_json(path)
+    found["acceptance_length"] += 0.0
+    found["acceptance_per_position"] = [share + 0.0 for share in found["acceptance_per_position"]]
+    return found
 
 
 def _svg(figure: Any) -> str:
@@ -89,27 +111,26 @@ def _table(header: list[str], rows: list[list[Any]]) -> str:
     return f"<table>{line('th', header)}{''.join(line('td', row) for row in rows)}</table>"
 
 
+def _served(path: Path) -> str:
+    served = read_json(path)
+    before, after = served.get("before"), served.get("after")
+    if not before or not after:
+        return ""
+    rows = [["acceptance length", f"{before['acceptance_length']:.3f}", f"{after['acceptance_length']:.3f}"]]
+    pairs = zip(before["acceptance_per_position"], after["acceptance_per_position"], strict=True)
+    rows += [[f"accepted at position {k + 1}", f"{a:.1%}", f"{b:.1%}"] for k, (a, b) in enumerate(pairs)]
+    return _bars(before["acceptance_per_position"], after["acceptance_per_position"]) + _table(
+        ["served in vLLM", "released", "trained"], rows
+    )
+
+
 def _acceptance(run: Path) -> str:
     """Served acceptance, released and trained, beside the offline evaluator's figures where there are any."""
     parts = []
-    offline = {p.name.split(".")[1]: read_json(p) for p in sorted(run.glob(run_dir.EVALUATIONS))}
+    evaluations = sorted(run.glob(run_dir.EVALUATIONS))
+    offline = {p.name.split(".")[1]: _from(p, _evaluation) for p in evaluations}
     if (run / run_dir.VERIFICATION).exists():
-        served = read_json(run / run_dir.VERIFICATION)
-        before, after = served.get("before"), served.get("after")
-        if before and after:
-            rows = [
-                [
-                    "acceptance length",
-                    f"{before['acceptance_length']:.3f}",
-                    f"{after['acceptance_length']:.3f}",
-                ]
-            ]
-            pairs = zip(before["acceptance_per_position"], after["acceptance_per_position"], strict=True)
-            rows += [
-                [f"accepted at position {k + 1}", f"{a:.1%}", f"{b:.1%}"] for k, (a, b) in enumerate(pairs)
-            ]
-            parts.append(_bars(before["acceptance_per_position"], after["acceptance_per_position"]))
-            parts.append(_table(["served in vLLM", "released", "trained"], rows))
+        parts.append(_from(run / run_dir.VERIFICATION, _served))
     if offline:
         rows = [
             [
@@ -142,9 +163,13 @@ def _serving(run: Path) -> str:
             f"{r['acceptance_length']:.2f}" if "acceptance_length" in r else "",
             f"{r['ratio']:.2f}",
         ]
-        for r in read_json(run / run_dir.SERVING)["runs"]
+        for r in _from(run / run_dir.SERVING, lambda path: read_json(path)["runs"])
     ]
     return _table(["draft", "tokens a second", "ms a token", "acceptance length", "to the first"], rows)
+
+
+def _loop_shares(path: Path) -> dict[str, Any]:
+    return read_json(path).get("loop_share_by_source") or {}
 
 
 def _loops(run: Path) -> str:
@@ -152,10 +177,17 @@ def _loops(run: Path) -> str:
     rows = [
         [source, f"{share:.1%}"]
         for path in sorted(run.glob(run_dir.DUMPS))
-        for source, share in (read_json(path).get("loop_share_by_source") or {}).items()
+        for source, share in _from(path, _loop_shares).items()
         if share is not None
     ]
     return _table(["source", "tokens of answers in loops"], rows) if rows else ""
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    summary = read_json(path)
+    _stages(summary)
+    dict(summary["versions"])
+    return summary
 
 
 def _stages(summary: dict[str, Any]) -> str:
@@ -172,18 +204,6 @@ def write(run: Path) -> Path:
     Raises:
         InputError: the directory is missing, nothing in it was made by this program, or a file is damaged.
     """
-    try:
-        return _write(run)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"one of {', '.join(RESULTS)} in {run} is damaged: {type(error).__name__}: {error}",
-            "remove that file; the stage that wrote it writes it again",
-        ) from error
-
-
-def _write(run: Path) -> Path:
     known = (*RESULTS, run_dir.SETTINGS)
     if not any(found for pattern in known for found in run.glob(pattern)):
         raise InputError(f"{run} is not a run directory: it holds none of {', '.join(known)}", "name RUN=...")
@@ -192,7 +212,7 @@ def _write(run: Path) -> Path:
     positions = sorted(
         {n.rpartition("_")[2] for row in rows for n in row if n.startswith("evaluate/acceptance_")}
     )
-    summary = read_json(run / run_dir.SUMMARY) if (run / run_dir.SUMMARY).exists() else None
+    summary = _from(run / run_dir.SUMMARY, _summary) if (run / run_dir.SUMMARY).exists() else None
     sections = [
         ("Acceptance", _acceptance(run)),
         ("The target's answers", _loops(run)),

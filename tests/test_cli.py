@@ -1,14 +1,18 @@
 """The command line: help, exit codes, one clear message and never a traceback."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from configs.files import write_json
 from configs.load import settings
 from pipeline.__main__ import main
+from tests.stores import write_store
 
 
 def run(capsys, *words):
@@ -91,7 +95,97 @@ def test_a_damaged_result_is_named_in_the_report(capsys, tmp_path, name, text):
     (tmp_path / name).write_text(text)
     code, _, err = run(capsys, "report", str(tmp_path))
     assert code == 3
-    assert name.split(".")[0] in err
+    assert f"{tmp_path / name} is damaged" in " ".join(err.split())
+    assert "remove" not in err
+
+
+def test_lines_that_are_no_metrics_do_not_stop_a_report(capsys, tmp_path):
+    good = '{"step": 1, "train/loss": 2.0}\n{"step": 2, "train/loss": 1.0}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(b"5\n" + good.encode() + b'\xff\xfe{\n{"a": 1}\n{"step": 3')
+    code, _, err = run(capsys, "report", str(tmp_path))
+    assert code == 0, err
+    assert "<svg" in (tmp_path / "report.html").read_text()
+
+
+def test_a_directory_that_cannot_be_made_is_named(capsys, tiny_checkpoint, tmp_path):
+    words = [f"target.path={tiny_checkpoint}", f"run.dir={tmp_path}", "export.checkpoint=released"]
+    code, _, err = run(capsys, "export", *words, "export.dir=/proc/nope")
+    assert code == 1
+    assert "error: /proc/" in err
+
+
+def test_a_result_is_a_line_or_the_whole_as_json(capsys, tiny_checkpoint, tmp_path):
+    words = [f"target.path={tiny_checkpoint}", f"run.dir={tmp_path}", "export.checkpoint=released"]
+    code, out, _ = run(capsys, "export", *words)
+    assert code == 0
+    assert len(out.splitlines()) == 1
+    assert str(tmp_path / "nextn") in out
+    code, out, err = run(capsys, "export", "--json", *words)
+    assert code == 0
+    assert json.loads(out)["reused"] is True
+    assert "all its bytes are right" in " ".join(err.split())
+
+
+def test_a_dry_run_fails_where_the_run_would(capsys, tiny_checkpoint, tmp_path):
+    words = [f"target.path={tiny_checkpoint}", f"run.dir={tmp_path}", "export.checkpoint=released"]
+    assert run(capsys, "export", *words)[0] == 0
+    for changed, code, said in (
+        (["run.seed=9"], 2, "run.seed was 0, now 9"),
+        (["export.checkpoint=lst"], 3, "no checkpoint lst"),
+        (["export.layout=stitched"], 3, "holds another export"),
+    ):
+        found, _, err = run(capsys, "export", "--dry-run", *words, *changed)
+        assert (found, said in " ".join(err.split())) == (code, True), err
+    found, _, err = run(capsys, "dump", "--dry-run", *words, "prompts.path=/nowhere.jsonl")
+    assert (found, "/nowhere.jsonl" in err) == (3, True), err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("wait_s", [0.15, 0.6, 1.5])
+def test_a_signal_at_any_moment_ends_quietly_also_where_the_shell_ignores_it(tmp_path, number, wait_s):
+    words = ["configs/deepseek-v3.2.toml", f"run.dir={tmp_path}", "--dry-run"]
+    command = [sys.executable, "-c", WAITING, *words]
+    ignoring = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    shell = [sys.executable, "-c", f"{ignoring}; os.execv(sys.argv[1], sys.argv[1:])"]
+    process = subprocess.Popen([*shell, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"begun\n"
+    time.sleep(wait_s)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert b"the same command continues" in err
+    assert b"Traceback" not in err
+    assert b"Warning" not in err
+
+
+# a verb that plans without end, as far from its first import as the signal comes
+WAITING = """
+import signal, sys
+from pipeline import __main__ as program
+installed = signal.signal
+def once(*words):
+    signal.signal = installed
+    found = installed(*words)
+    installed(signal.SIGTERM, program._raise)
+    print("begun", flush=True)
+    return found
+signal.signal = once
+import time
+while not (code := program.main(["train", *sys.argv[1:]])) or code < 128:
+    pass
+sys.exit(code)
+"""
+
+
+def test_text_that_a_terminal_cannot_show_is_escaped(tmp_path, tiny_checkpoint):
+    store = write_store(tmp_path / "store", tiny_checkpoint, lengths=[12])
+    environment = {**os.environ, "LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "pipeline", "store", "show", str(store), "--tokenizer"]
+    done = subprocess.run([*command, str(tiny_checkpoint)], env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"in brackets: tokens the target has to produce" in done.stdout
+    assert b"[" in done.stdout.rsplit(b"produce", 1)[1]
 
 
 @pytest.mark.parametrize("verb", ["dump", "train", "export", "evaluate"])

@@ -478,7 +478,7 @@ def test_damaged_files_are_named(trained, tiny_checkpoint, tmp_path):
     with pytest.raises(InputError, match=f"{last.name} is not a complete safetensors file"):
         nextn.export(tiny_checkpoint, broken, tmp_path / "out")
     last.unlink()
-    with pytest.raises(InputError, match=f"1 missing files: {last.name}"):
+    with pytest.raises(InputError, match=f"missing, 1: {last.name}"):
         nextn.export(tiny_checkpoint, broken, tmp_path / "out")
 
 
