@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from train.kernels.loss_ref import loss_rows
+from train.kernels.loss_ref import Teacher, loss_rows
 
 __all__ = ["HeadLoss", "Loss", "default_chunk", "head_loss"]
 
@@ -89,11 +89,14 @@ class _HeadLoss(torch.autograd.Function):
                 weights_ST[:, a:b].masked_fill_(missed_C, 0)
                 rest_C = (t[:, ~seen_V].to(weights_ST.dtype) / temperature).logsumexp(-1)
                 t = t[:, keep_N]
+            # the Triton kernel reads the teacher's row beside each student's, where it has the time to
+            plain = rows is loss_rows
+            teacher = Teacher.of(t, temperature, weights_ST.dtype, rest_C) if plain else t
             for i in range(steps):
                 torch.mm(student_STD[i, a:b], own_ND.t(), out=s)
                 rows(
                     s,
-                    t,
+                    teacher,
                     loss,
                     weights_ST[i, a:b],
                     None if targets_T is None else _places(targets_T[a:b], keep_N),
@@ -102,7 +105,7 @@ class _HeadLoss(torch.autograd.Function):
                     agree_ST[i, a:b],
                     overlap_ST[i, a:b],
                     backward,
-                    rest_C,
+                    *(() if plain else (rest_C,)),
                 )
                 if grad_STD is not None:
                     torch.mm(s, own_ND, out=grad_STD[i, a:b])

@@ -6,11 +6,13 @@
 Legend: T tokens, C tokens of a chunk, D width, V vocabulary.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ALPHA_MIN", "ETA", "head_loss_reference", "loss_rows"]
+__all__ = ["ALPHA_MIN", "ETA", "Teacher", "head_loss_reference", "loss_rows"]
 
 ETA = 3.0
 """eta of lk_lambda."""
@@ -73,9 +75,49 @@ def _scaled(x_CV: Tensor, share_C: Tensor | None) -> Tensor:
     return x_CV if share_C is None else x_CV.mul_(share_C[:, None])
 
 
+class Teacher(NamedTuple):
+    """What the losses need of a chunk's teacher; the same for all students."""
+
+    logits_CV: Tensor
+    """Divided by the temperature, in the dtype of the losses."""
+    at_C: Tensor
+    """Place of the greatest logit, the first of equal ones."""
+    lse_C: Tensor
+    """Log-sum-exp over all tokens."""
+    p_CV: Tensor
+    share_C: Tensor | None
+    """Sum of p where some tokens have no column."""
+
+    @classmethod
+    def of(
+        cls, t_CV: Tensor, temperature: float, wide: torch.dtype, rest_C: Tensor | None = None
+    ) -> "Teacher":
+        """Read a chunk of logits.
+
+        Args:
+            t_CV: logits; kept.
+            temperature: divides them.
+            wide: dtype of the losses.
+            rest_C: log-sum-exp of the logits, divided by the temperature, of tokens that have no column: they
+                take their share of p and none of q.
+        """
+        highest_C, at_C = t_CV.max(-1)
+        t, highest_C = t_CV.to(wide), highest_C.to(wide)
+        if temperature != 1:
+            t, highest_C = t / temperature, highest_C / temperature
+        p = t.softmax(-1)
+        # log-sum-exp, from the greatest logit and its probability, without another pass
+        lse_C = highest_C - p.gather(1, at_C[:, None])[:, 0].log_()
+        share_C = None
+        if rest_C is not None:
+            kept_C, lse_C = lse_C, torch.logaddexp(lse_C, rest_C)
+            share_C = (kept_C - lse_C).exp_()
+        return cls(t, at_C, lse_C, _scaled(p, share_C), share_C)
+
+
 def loss_rows(
     s_CV: Tensor,
-    t_CV: Tensor,
+    teacher: Teacher,
     loss: str,
     weight_C: Tensor,
     target_C: Tensor | None,
@@ -84,46 +126,35 @@ def loss_rows(
     agree_C: Tensor,
     overlap_C: Tensor,
     backward: bool,
-    rest_C: Tensor | None = None,
 ) -> None:
     """Losses of a chunk; with `backward`, s_CV becomes the gradient of the weighted sum by its logits.
 
     Args:
         s_CV: logits of the student, overwritten.
-        t_CV: logits of the teacher; kept.
+        teacher: of the same rows and temperature; kept.
         loss: name of the loss.
         weight_C: weight of each row; a row of weight 0 gets a gradient of exact zeros whatever it holds.
         target_C: int64, the token of each row, for `ce`.
-        temperature: divides both logits.
+        temperature: divides the logits.
         per_token_C, agree_C, overlap_C: filled in: unweighted loss, equal arg-max, sum of min(p, q).
         backward: whether to form the gradient.
-        rest_C: log-sum-exp of the teacher's logits, divided by the temperature, of tokens that have no
-            column: they take their share of p and none of q.
     """
     wide = per_token_C.dtype
-    (s_max_C, s_at_C), (t_max_C, t_at_C) = s_CV.max(-1), t_CV.max(-1)
+    t, t_at_C, t_lse_C, p, share_C = teacher
+    s_max_C, s_at_C = s_CV.max(-1)
     torch.eq(s_at_C, t_at_C, out=agree_C)
-    s, t = s_CV, t_CV
+    s = s_CV.to(wide)
     if temperature != 1:
-        s, t = s.to(wide).div_(temperature), t.to(wide).div_(temperature)
-        s_max_C, t_max_C = s_max_C.to(wide) / temperature, t_max_C.to(wide) / temperature
-    q, p = s.softmax(-1, dtype=wide), t.softmax(-1, dtype=wide)
-    # log-sum-exp, from the greatest logit and its probability, without another pass
-    t_lse_C = t_max_C.to(wide) - p.gather(1, t_at_C[:, None])[:, 0].log_()
-    share_C: Tensor | None = None
-    if rest_C is not None:
-        kept_C, t_lse_C = t_lse_C, torch.logaddexp(t_lse_C, rest_C)
-        share_C = (kept_C - t_lse_C).exp_()
-    p = _scaled(p, share_C)
+        s, s_max_C = s / temperature, s_max_C.to(wide) / temperature
+    q = s.softmax(-1)
     torch.sum(torch.minimum(p, q), -1, out=overlap_C)
     s_lse_C = s_max_C.to(wide) - q.gather(1, s_at_C[:, None])[:, 0].log_()
     if loss == "ce":
         assert target_C is not None
         token_C1 = target_C.clamp(0, s.shape[1] - 1)[:, None]
-        torch.sub(s_lse_C, s.gather(1, token_C1)[:, 0].to(wide), out=per_token_C)
+        torch.sub(s_lse_C, s.gather(1, token_C1)[:, 0], out=per_token_C)
     if loss in ("kl", "lk_lambda"):
-        difference = torch.sub(t, s) if s.dtype == wide else t.to(wide).sub_(s)
-        torch.linalg.vecdot(p, difference, out=per_token_C)
+        torch.linalg.vecdot(p, t - s, out=per_token_C)
         apart_C = s_lse_C - t_lse_C
         per_token_C.add_(apart_C if share_C is None else apart_C * share_C)
     if loss == "lk_lambda":

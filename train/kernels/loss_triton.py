@@ -153,7 +153,7 @@ def loss_rows(
     backward: bool,
     rest_C: Tensor | None = None,
 ) -> None:
-    """As `loss_ref.loss_rows`, in one launch."""
+    """As `loss_ref.loss_rows`, in one launch, from the teacher's logits; rest_C as in `Teacher.of`."""
     require_device(s_CV.device)
     C, V = s_CV.shape
     tile = tile_for("loss_rows")
