@@ -10,6 +10,8 @@ BIN := .venv/bin
 LOCK := requirements/$(DEVICE).lock
 STAMP := .venv/.installed-$(DEVICE)
 LAYER61 := $(BIN)/layer61
+# a file of tests stays in one process, which shares its fixtures
+TESTS := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # threads that wait in a busy loop slow everything tenfold once anything else wants a core
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -74,16 +76,16 @@ report: setup ## one self-contained HTML page about a run
 	$(LAYER61) report "$(RUN)"
 
 test: setup setup-ray ## every test; no GPU needed
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(TESTS) $(ARGS)
 
 test-fast: setup ## the tests that start no engine
-	$(BIN)/python -m pytest -q -m "not engine" $(ARGS)
+	$(TESTS) -m "not engine" $(ARGS)
 
 check: setup setup-ray ## lint, types and tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy configs featurestore export pipeline train
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(TESTS) $(ARGS)
 
 bench-store: setup ## store read, write and loader speed (ARGS=--quick)
 	$(BIN)/python -m benchmarks.store $(ARGS)

@@ -87,6 +87,7 @@ def view(tmp_path_factory, tiny_config) -> Path:
     return spread_router(random_checkpoint(folder / "tiny", config), folder / "v3")
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("form", ["frozen head", "pruned head", "fc_norm and post_norm"])
 def test_vllm_drafts_what_our_layer_drafts(tmp_path, view, form):
     settings = {
