@@ -18,10 +18,10 @@ from configs.schema import RunConfig
 from configs.target import target_config
 from pipeline import child
 from pipeline.serve import arguments, running, url
-from pipeline.speculation import draft_path, view_of
+from pipeline.speculation import draft_directory, draft_path, view_of
 from pipeline.verify import answer_room, held_out
 
-__all__ = ["plan", "run"]
+__all__ = ["plan", "ready", "run"]
 
 # names of vLLM's benchmark and ours
 KEPT = {
@@ -120,6 +120,13 @@ def plan(config: RunConfig) -> str:
         f" {' '.join(map(str, config.serve.bench_concurrency))} requests at a time"
         + "".join(f"; not yet: there is no {path}" for path in missing)
     )
+
+
+def ready(config: RunConfig) -> None:
+    """Raises what `run` would: InputError where there are no conversations, or no draft."""
+    held_out(config, 1)
+    for draft in config.serve.bench_drafts:
+        draft_directory(config, draft)
 
 
 def run(config: RunConfig) -> dict[str, Any]:

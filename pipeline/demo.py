@@ -14,9 +14,10 @@ import psutil
 from rich.table import Table
 
 from configs import run_dir
-from configs.errors import Layer61Error
+from configs.engine_keys import check_keys
+from configs.errors import InputError, Layer61Error
 from configs.files import read_json, write_json
-from configs.load import load_config
+from configs.load import freeze, load_config
 from configs.progress import console, log, say
 from configs.provenance import collect
 from configs.schema import RunConfig
@@ -144,10 +145,19 @@ def run(files: Sequence[str], overrides: Sequence[str], *, dry_run: bool = False
         from pipeline import dump
         from pipeline.tiny import target
 
+        for verb, sections in (
+            ("dump", ("target", "prompts", "dump")),
+            ("train", ("target", "train", "eagle3")),
+        ):
+            freeze(config, verb, sections, write=False)
+            check_keys(config, verb)
         # what a stage makes is not there for the next one
-        for verb, planned in (("target", target.dry_run(config.tiny)), ("dump", dump.plan(config))):
-            for line in str(planned).splitlines():
+        planned = dump.plan(config)
+        for verb, lines in (("target", target.dry_run(config.tiny)), ("dump", str(planned))):
+            for line in lines.splitlines():
                 log(verb, line)
+        if planned.missing and config.require_target().exists():
+            raise InputError(planned.missing, "the run would stop here")
         log("demo", "then train, evaluate, export and verify from what the dump wrote")
         return 0
     places = {

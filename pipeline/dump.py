@@ -6,6 +6,7 @@ another machine all find it there.
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +52,8 @@ class DumpPlan:
         mine: documents still to do by this worker, in so many `parts`.
         view: how the engine sees the target.
         store: where the states go.
+        missing: in words, what is not on this machine or cannot be used.
+        reasons: why conversations are rejected, the most frequent first, and how many for each.
     """
 
     bytes_per_token: int
@@ -66,6 +69,7 @@ class DumpPlan:
     view: str
     store: str
     missing: str = ""
+    reasons: tuple[tuple[str, int], ...] = ()
 
     @property
     def most_bytes(self) -> int:
@@ -91,7 +95,8 @@ class DumpPlan:
         out = f"{count(self.rejects, 'conversation')} rejected, {count(self.duplicates, 'duplicate')}"
         parts = count(self.parts, "part")
         todo = f"{count(self.done, 'document')} done, {self.mine:,} to do here, in {parts}"
-        return f"{each}\n{left}; {out}\n{todo}"
+        why = "".join(f"\n  {number:,} rejected: {reason}" for reason, number in self.reasons)
+        return f"{each}\n{left}; {out}{why}\n{todo}"
 
 
 def _held_out(config: RunConfig, prompts: Prompts) -> int:
@@ -167,6 +172,7 @@ def plan(config: RunConfig) -> DumpPlan:
         parts=-(-len(work.left) // config.dump.block_documents),
         view=view,
         store=config.store_path,
+        reasons=tuple(Counter(r.reason for r in prompts.rejects).most_common(3)),
     )
 
 

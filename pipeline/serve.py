@@ -35,7 +35,7 @@ from pipeline.speculation import (
 )
 from pipeline.view import make_view
 
-__all__ = ["Figures", "arguments", "figures", "plan", "run", "running", "url"]
+__all__ = ["Figures", "arguments", "figures", "plan", "ready", "run", "running", "url"]
 
 # a server that is asked to end has this long to finish what it has begun, and some more to free its memory
 DRAIN_SECONDS = 3
@@ -278,6 +278,11 @@ def plan(config: RunConfig) -> str:
         )
         + (f"; not yet: there is no {directory}" if directory is not None and not directory.exists() else "")
     )
+
+
+def ready(config: RunConfig) -> None:
+    """Raises what `run` would: InputError where there is no draft."""
+    draft_directory(config, config.serve.draft)
 
 
 def run(config: RunConfig) -> None:

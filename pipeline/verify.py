@@ -290,11 +290,16 @@ def plan(config: RunConfig) -> str:
 
 
 def ready(config: RunConfig) -> None:
-    """Refuse to serve another draft than `verify.checkpoint` says.
+    """Refuse to start without conversations, or to serve another draft than `verify.checkpoint` says.
 
     Raises:
-        InputError: there is no export, it is of another checkpoint, or there is no such checkpoint.
+        InputError: there are no conversations or no export, it is of another checkpoint, or there is no
+            such checkpoint.
     """
+    held_out(config, config.verify.max_conversations)
+    for draft in config.verify.drafts:
+        if draft != "trained":
+            draft_directory(config, draft)
     if "trained" not in config.verify.drafts:
         return
     out, which = config.export_dir, config.verify.checkpoint
