@@ -79,8 +79,9 @@ def read_record(run_dir: Path) -> dict[str, Any] | None:
         if record["format"] != 1 or not 0 <= record["share"] <= 1 or type(record["seed"]) is not int:
             raise ValueError("it is not of format 1")
     except (OSError, ValueError, KeyError, TypeError) as error:
+        why = "it is not of format 1" if isinstance(error, KeyError | TypeError) else error
         raise ConfigError(
-            f"cannot read {path}, which says what this run was not trained on: {error!r}",
+            f"cannot read {path}, which says what this run was not trained on: {why}",
             "remove it: each checkpoint says the same, and the newest one is asked then",
         ) from None
     return record

@@ -96,6 +96,7 @@ def _nearest(name: str) -> str | None:
 EXPECTED = {
     "tuple_type": "expected a list",
     "dict_type": "expected a table",
+    "too_short": "expected at least one entry",
     "model_type": "expected a table of settings",
     "string_type": "expected text",
     "path_type": "expected a path",

@@ -268,6 +268,8 @@ def locate(run_dir: Path, which: str) -> Path:
     root = directory(run_dir)
     if which not in ("last", "best"):
         path = root / which if TAG.match(which) else Path(which)
+        if not path.exists():
+            raise InputError(f"there is no checkpoint {path}", _available(run_dir))
         try:
             read_commit(path)
         except InputError as error:

@@ -107,6 +107,11 @@ def require_free(
         # it cannot be told any more whose it is
         raise InputError(error.message, f"move {out} out of the way, or {elsewhere}") from None
     made_from = manifest["identity"]
+    if replace and (others := sorted({p.name for p in out.iterdir()} - {*manifest["files"], META})):
+        raise InputError(
+            f"{out} holds what no export wrote: {', '.join(others)}",
+            f"move it out of the way before {out} is replaced, or {elsewhere}",
+        )
     if differing := [k for k in identity if made_from.get(k) != identity[k]]:
         if replace:
             return None

@@ -145,6 +145,12 @@ def test_a_dry_run_fails_where_the_run_would(capsys, tiny_checkpoint, tmp_path):
     assert run(capsys, "serve", "--dry-run", *words, "export.dir=/no/nextn")[0] == 3
 
 
+def test_a_file_in_the_place_of_the_checkpoints_is_named_before_training(capsys, tiny_checkpoint, tmp_path):
+    (tmp_path / "checkpoints").write_text("mine")
+    code, _, err = run(capsys, "train", f"target.path={tiny_checkpoint}", f"run.dir={tmp_path}")
+    assert (code, "checkpoints is a file" in " ".join(err.split())) == (3, True), err
+
+
 def test_a_dry_run_says_why_conversations_are_rejected(capsys, tiny_checkpoint, tmp_path):
     good = '{"messages": [{"role": "user", "content": "a"}]}\n'
     (tmp_path / "c.jsonl").write_text(good + '{"messages": []}\n{"no": 1}\n{"no": 2}\n')

@@ -82,6 +82,10 @@ def test_another_checkpoint_takes_the_place_only_when_told_to(trained, tiny_chec
         nextn.export(trained, tiny_checkpoint, out)
     assert "export.replace=true" in caught.value.hint
     assert read_export(out)["step"] is None
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"holds what no export wrote: notes.txt"):
+        nextn.export(trained, tiny_checkpoint, out, replace=True)
+    (out / "notes.txt").rename(tmp_path / "notes.txt")
     nextn.export(trained, tiny_checkpoint, out, replace=True)
     assert read_export(out)["step"] == 7
 

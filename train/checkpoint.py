@@ -7,6 +7,7 @@ parameter; `layer61.json` says which slice that is, so that any number of ranks 
 Legend: E experts.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -207,10 +208,12 @@ def save(
             try:
                 return act()
             except OSError as error:
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
                 raise Layer61Error(
                     f"cannot save step {step:,} in {final.parent}: {error.strerror}; a checkpoint takes"
                     f" {needed / 1e9:,.3f} GB, {shutil.disk_usage(run_dir).free / 1e9:,.3f} GB are free",
-                    "make room, then start again: the same command goes on from the last checkpoint",
+                    f"{'make room' if full else 'check the path and its permissions'}, then start again: the"
+                    " same command goes on from the last checkpoint",
                 ) from None
 
         return _together(explained)

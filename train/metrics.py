@@ -18,7 +18,7 @@ from torch import Tensor
 
 from configs.errors import ConfigError
 from configs.files import atomic_write
-from configs.progress import log
+from configs.progress import count, log
 from configs.run_dir import TENSORBOARD
 from configs.schema import RunConfig
 from train.cost import device_tflops
@@ -64,7 +64,7 @@ class Metrics:
             aside = path.with_name(path.name + ".damaged")
             earlier = aside.read_bytes() if aside.exists() else b""
             atomic_write(aside, earlier + b"".join(damaged))
-            log("train", f"{len(damaged):,} lines of {path} cannot be read; they are kept in {aside}")
+            log("train", f"{count(len(damaged), 'line')} of {path} cannot be read, kept in {aside}")
         atomic_write(path, b"".join(kept))
 
     def write(self, step: int, values: dict[str, Any]) -> None:

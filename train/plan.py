@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from configs.contract import require_same
-from configs.errors import ConfigError, StoreError, StoreNotFoundError
+from configs.errors import ConfigError, InputError, StoreError, StoreNotFoundError
 from configs.run_dir import META, directory, find_weights, read_meta
 from configs.schema import RunConfig, TrainConfig
 from configs.target import target_config
@@ -304,10 +304,12 @@ def plan(config: RunConfig) -> Plan:
     Raises:
         ConfigError: `target.path` is not set, a setting would do nothing or needs a package that
             is missing, or vLLM would not load the export from where it will lie.
-        InputError: config.json describes another architecture.
+        InputError: config.json describes another architecture, or a file is in the place of the checkpoints.
         StoreError: there is a store and it cannot be read.
     """
     train = config.trained
+    if (place := directory(config.run.dir)).exists() and not place.is_dir():
+        raise InputError(f"{place} is a file; checkpoints go into a directory", "move it out of the way")
     if train.draft == "mtp":
         refuse_name(config.export_dir)  # now, not after the days that training takes
     model = target_config(config.require_target(), planning=True)
