@@ -145,6 +145,15 @@ def test_a_dry_run_fails_where_the_run_would(capsys, tiny_checkpoint, tmp_path):
     assert run(capsys, "serve", "--dry-run", *words, "export.dir=/no/nextn")[0] == 3
 
 
+@pytest.mark.parametrize("size", [None, "x"])
+def test_half_of_a_launchers_environment_is_refused(capsys, tiny_checkpoint, tmp_path, monkeypatch, size):
+    monkeypatch.setenv("RANK", "0")
+    if size is not None:
+        monkeypatch.setenv("WORLD_SIZE", size)
+    code, _, err = run(capsys, "train", f"target.path={tiny_checkpoint}", f"run.dir={tmp_path}")
+    assert (code, "WORLD_SIZE" in err) == (2, True), err
+
+
 def test_a_file_in_the_place_of_the_checkpoints_is_named_before_training(capsys, tiny_checkpoint, tmp_path):
     (tmp_path / "checkpoints").write_text("mine")
     code, _, err = run(capsys, "train", f"target.path={tiny_checkpoint}", f"run.dir={tmp_path}")

@@ -97,6 +97,10 @@ def test_checkpoint_holds_exactly_these_tensors(tiny_checkpoint: Path, tiny_conf
     )
 
 
+def test_a_server_of_another_user_can_read_every_file(tiny_checkpoint: Path) -> None:
+    assert len({path.stat().st_mode for path in tiny_checkpoint.iterdir()}) == 1
+
+
 def test_config_has_the_released_fields(tiny_checkpoint: Path) -> None:
     config = AutoConfig.from_pretrained(tiny_checkpoint)
     assert (config.model_type, config.architectures) == ("deepseek_v32", ["DeepseekV32ForCausalLM"])

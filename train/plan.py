@@ -168,8 +168,20 @@ def check_sinks(train: TrainConfig) -> None:
 
 
 def num_ranks(train: TrainConfig) -> int:
-    """Ranks of the run: as many as the launcher has started, else `train.ranks`."""
-    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else train.ranks
+    """Ranks of the run: as many as the launcher has started, else `train.ranks`.
+
+    Raises:
+        ConfigError: RANK is set without a number of ranks.
+    """
+    if "RANK" not in os.environ:
+        return train.ranks
+    size = os.environ.get("WORLD_SIZE", "")
+    if not size.isdecimal():
+        raise ConfigError(
+            f"RANK is set, as a launcher does, and WORLD_SIZE is {size!r}, not the number of ranks",
+            "start with torchrun or deepspeed, or unset RANK",
+        )
+    return int(size)
 
 
 def initial_weights(config: RunConfig, *, verify: bool) -> Path | None:

@@ -65,7 +65,7 @@ def build_target(
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(
                 f"{directory} exists and is not a target built here (it has no build.json)",
-                hint="name another directory, or remove this one",
+                hint="name another directory",
             ) from None
         if built == key:
             log("target", f"{directory} is built from the same settings and conversations: kept")

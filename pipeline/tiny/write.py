@@ -160,6 +160,8 @@ def write_checkpoint(
             partial / "model.safetensors.index.json",
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
         )
+        for file in set(weight_map.values()):  # safetensors makes them private
+            shutil.copymode(partial / "model.safetensors.index.json", partial / file)
         if record is not None:
             write_json(partial / "build.json", record)
         if directory.exists():
