@@ -257,8 +257,8 @@ def _run(config: RunConfig, gpu: bool) -> dict[str, Any]:
     _write_rejects(config, prompts, {})
     if prompts.rejects:
         first = prompts.rejects[0]
-        count = f"{len(prompts.rejects):,} conversations rejected, see {rejects}"
-        log("dump", f"{count}; the first: line {first.line}: {first.reason}")
+        out = f"{count(len(prompts.rejects), 'conversation')} rejected, see {rejects}"
+        log("dump", f"{out}; the first: line {first.line}: {first.reason}")
     agreed = contract(config, prompts, view).model_dump(mode="json")
     objects = open_objects(config.store_path)
     root = read_root(objects)

@@ -19,8 +19,6 @@ import torch
 if not torch.cuda.is_available():
     # DeepSpeed warns in every process when it has to find this out by itself
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-# gathers are allocated on a stream of their own, whose freed blocks the main one could not use otherwise
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 # of torch 2.13, about a function DeepSpeed calls in every collective
 warnings.filterwarnings("ignore", category=FutureWarning, message=".*(all_gather|reduce_scatter).*")
 
@@ -85,6 +83,9 @@ def init_distributed() -> tuple[int, int]:
     # a shared-memory all-reduce that is compiled at first use; gloo needs no compiler
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if torch.cuda.is_available():
+        # gathers are allocated on a stream of their own, whose freed blocks the main one could not use
+        # otherwise; read at the first allocation, and not set elsewhere, for vLLM's connectors refuse it
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         # the first collective, whoever makes it, puts its tensors on the current device
         torch.cuda.set_device(device())
     deepspeed.init_distributed(verbose=False)
