@@ -47,6 +47,7 @@ def test_help_lists_every_setting_of_the_verb_with_its_default(capsys, verb):
         (["train", "--dry-run", "run.dir=eagle-runs/x"], 2, ["'eagle'", "set export.dir"]),
         (["train", "target.path=nowhere", "run.dir=nowhere/run"], 3, ["nowhere"]),
         (["export", "target.path=nowhere"], 3, ["nowhere"]),
+        (["train", f"target.path={__file__}"], 3, ["is a file, not a checkpoint directory"]),
         (["store", "info", "nowhere"], 3, ["nowhere"]),
         (["store", "verify", "nowhere"], 3, ["nowhere"]),
         (["report", "nowhere"], 3, ["nowhere"]),
