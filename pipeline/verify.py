@@ -92,24 +92,8 @@ def verify(
         require_draft(target, directory)
     view = view_of(view)
     asked = [list(map(int, ids)) for ids in prompts]
-    room = answer_room(asked, target.config, max_tokens, view)
-    eos = target.config.get("eos_token_id")
-    job: dict[str, Any] = {
-        "prompts": asked,
-        "max_tokens": room,
-        "stop_token_ids": [eos] if isinstance(eos, int) else list(eos or []),
-    }
-    # the same with every number of drafts, so that the target's own run serves them all
-    longest = max(len(ids) + most for ids, most in zip(asked, room, strict=True)) + MOST_DRAFTS + 1
-    engine = {
-        **({} if torch.cuda.is_available() else CPU_ENGINE),
-        "max_model_len": min(longest, target.config.get("max_position_embeddings", longest)),
-        "disable_log_stats": False,
-        "skip_tokenizer_init": True,
-        **(vllm or {}),
-        "tensor_parallel_size": tensor_parallel_size,
-        "seed": 0,
-    }
+    job = _job(asked, target.config, answer_room(asked, target.config, max_tokens, view))
+    engine = _engine(job, target.config, tensor_parallel_size, vllm or {})
     identity = {
         "format": 2,
         "engine": engine,
@@ -119,25 +103,15 @@ def verify(
         "versions": _versions(),
     }
     with contextlib.ExitStack() as stack:
-
-        def temporary(kind: str) -> Path:
-            folder = tempfile.TemporaryDirectory(prefix=f"layer61-{kind}-", ignore_cleanup_errors=True)
-            return Path(stack.enter_context(folder))
-
-        folder = temporary("verify") if work_dir is None else Path(work_dir).absolute()
+        folder = _temporary(stack, "verify") if work_dir is None else Path(work_dir).absolute()
         folder.mkdir(parents=True, exist_ok=True)
-        views = temporary("views")
+        views = _temporary(stack, "views")
 
         def served(directory: Path, name: str) -> Path:
             return make_view(directory, views / name) if view == "v3" else directory
 
-        base: dict[str, Any] = {**engine, "model": str(served(target.directory, "target"))}
-        # of its own name: it is written before the measurement it belongs to, and kept with it
-        logits = folder / f"plain.{sha256_json(identity)[:16]}.npz"
-        own = {"engine": {**base, "logprobs_mode": "raw_logits"}, "logits": str(logits)}
-        plain = _measured(PLAIN, folder / "plain.json", identity, {**job, **own, "temperature": 0})
-        for older in set(folder.glob("plain.*.npz")) - {logits}:
-            older.unlink()
+        base = {**engine, "model": str(served(target.directory, "target"))}
+        plain, logits = _measure_plain(folder, identity, job, base)
         figures = {}
         for number, (name, directory) in enumerate(directories.items()):
             path = None if directory is None else served(directory, f"draft-{number}")
@@ -148,33 +122,82 @@ def verify(
                 "drafts": num_speculative_tokens,
                 "temperature": temperature,
             }
-            mine: dict[str, Any] = {"engine": {**base, "speculative_config": speculative}, "logits": None}
-            measured = _measured(
-                name,
-                folder / f"draft-{sha256_json(name)[:8]}.json",
-                made_from,
-                {**job, **mine, "temperature": temperature},
-            )
-            figures[name] = _acceptance(measured, num_speculative_tokens)
-            figures[name]["start_seconds"] = measured["start_seconds"]
-            sampled = measured.get("sampled")
-            figures[name]["sampled"] = sampled and {
-                "temperature": temperature,
-                **_acceptance(sampled, num_speculative_tokens),
-            }
-            figures[name]["greedy"] = compare(
-                plain["outputs"],
-                measured["outputs"],
-                read_logits(logits, plain["outputs"], measured["outputs"]),
-                eps=torch.finfo(getattr(torch, plain["dtype"])).eps,
-                largest_noise=plain["noise"]["largest"],
-            )
+            mine = {"engine": {**base, "speculative_config": speculative}, "logits": None}
+            kept = folder / f"draft-{sha256_json(name)[:8]}.json"
+            measured = _measured(name, kept, made_from, {**job, **mine, "temperature": temperature})
+            figures[name] = _figures(plain, measured, logits, num_speculative_tokens, temperature)
     return {
         "drafts": figures,
         "plain": _speed(plain) | {"start_seconds": plain["start_seconds"], "noise": plain["noise"]},
         "num_prompts": len(asked),
         "view": view,
         "versions": _versions(),
+    }
+
+
+def _job(asked: list[list[int]], config: dict[str, Any], room: list[int]) -> dict[str, Any]:
+    """What every engine has to answer."""
+    eos = config.get("eos_token_id")
+    stop = [eos] if isinstance(eos, int) else list(eos or [])
+    return {"prompts": asked, "max_tokens": room, "stop_token_ids": stop}
+
+
+def _engine(
+    job: dict[str, Any], config: dict[str, Any], tensor_parallel_size: int, vllm: dict[str, Any]
+) -> dict[str, Any]:
+    """Arguments of vLLM that all engines share, model and draft apart."""
+    # the same with every number of drafts, so that the target's own run serves them all
+    lengths = (len(ids) + most for ids, most in zip(job["prompts"], job["max_tokens"], strict=True))
+    longest = max(lengths) + MOST_DRAFTS + 1
+    return {
+        **({} if torch.cuda.is_available() else CPU_ENGINE),
+        "max_model_len": min(longest, config.get("max_position_embeddings", longest)),
+        "disable_log_stats": False,
+        "skip_tokenizer_init": True,
+        **vllm,
+        "tensor_parallel_size": tensor_parallel_size,
+        "seed": 0,
+    }
+
+
+def _temporary(stack: contextlib.ExitStack, kind: str) -> Path:
+    folder = tempfile.TemporaryDirectory(prefix=f"layer61-{kind}-", ignore_cleanup_errors=True)
+    return Path(stack.enter_context(folder))
+
+
+def _measure_plain(
+    folder: Path, identity: dict[str, Any], job: dict[str, Any], base: dict[str, Any]
+) -> tuple[dict[str, Any], Path]:
+    """What the target alone says, and the file of its logits."""
+    # of its own name: it is written before the measurement it belongs to, and kept with it
+    logits = folder / f"plain.{sha256_json(identity)[:16]}.npz"
+    own = {"engine": {**base, "logprobs_mode": "raw_logits"}, "logits": str(logits)}
+    plain = _measured(PLAIN, folder / "plain.json", identity, {**job, **own, "temperature": 0})
+    for older in set(folder.glob("plain.*.npz")) - {logits}:
+        older.unlink()
+    return plain, logits
+
+
+def _figures(
+    plain: dict[str, Any],
+    measured: dict[str, Any],
+    logits: Path,
+    num_speculative_tokens: int,
+    temperature: float,
+) -> dict[str, Any]:
+    """What one draft is worth, and whether its greedy output is the target's."""
+    sampled = measured.get("sampled")
+    return {
+        **_acceptance(measured, num_speculative_tokens),
+        "start_seconds": measured["start_seconds"],
+        "sampled": sampled and {"temperature": temperature, **_acceptance(sampled, num_speculative_tokens)},
+        "greedy": compare(
+            plain["outputs"],
+            measured["outputs"],
+            read_logits(logits, plain["outputs"], measured["outputs"]),
+            eps=torch.finfo(getattr(torch, plain["dtype"])).eps,
+            largest_noise=plain["noise"]["largest"],
+        ),
     }
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from configs.errors import ConfigError, ContractError, InputError, Layer61Error
+from configs.run_dir import META
 from configs.schema import RunConfig
 from export import nextn
 from export.checkpoint import Checkpoint
@@ -230,9 +231,10 @@ def test_verify_resumes_from_finished_measurements(verified):
     assert json.loads((folder / "plain.json").read_text())["result"]["outputs"]
 
 
-def damaged_draft(draft: Path, out: Path) -> Path:
-    """A draft with two experts exchanged and half of the last norm scaled."""
-    shutil.copytree(draft, out)
+def damaged_draft(draft: Path, target: Path, folder: Path) -> Path:
+    """The export of a layer with two experts exchanged and half of the last norm scaled."""
+    out = folder / "weights"
+    shutil.copytree(draft, out, ignore=shutil.ignore_patterns(META))
     checkpoint = Checkpoint(out)
     for file in sorted({checkpoint.file(name) for name in checkpoint.names}):
         names = [name for name in checkpoint.names if checkpoint.file(name) == file]
@@ -244,7 +246,8 @@ def damaged_draft(draft: Path, out: Path) -> Path:
                 other = name.replace(".experts.0.", ".experts.1.")
                 tensors[name], tensors[other] = tensors[other], tensors[name]
         save_file(tensors, out / file, metadata={"format": "pt"})
-    return out
+    nextn.export(out, target, folder / "nextn")
+    return folder / "nextn"
 
 
 @pytest.mark.engine
@@ -252,7 +255,7 @@ def test_a_damaged_draft_is_seen_and_costs_one_engine(verified, tmp_path):
     result, config = verified
     folder = config.run.dir / "verify"
     before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
-    damaged = damaged_draft(config.export_dir, tmp_path / "damaged")
+    damaged = damaged_draft(config.export_dir, config.target.path, tmp_path)
     drafts = {"drafts": ("trained", str(damaged), "released"), "temperature": 0.7}
     again = run(config.model_copy(update={"verify": config.verify.model_copy(update=drafts)}))
     assert {name: again["drafts"][name] for name in result["drafts"]} == result["drafts"]
