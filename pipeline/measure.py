@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from configs.errors import Layer61Error
 from configs.progress import log, task
@@ -76,6 +77,33 @@ def measure(name: str, job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def expand_batch_to_tokens(
+    x: torch.Tensor, cu_num_tokens: torch.Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+) -> torch.Tensor:
+    """Each request's value, repeated for its drafted tokens: [batch_size] to [num_tokens].
+
+    Example: [a, b, c] with cu_num_tokens [2, 5, 6] gives [a, a, b, b, b, c].
+    Source: the function of this name in vLLM's `v1/sample/rejection_sampler.py`.
+    """
+    counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+    return torch.where(x == replace_from, replace_to, x).repeat_interleave(counts, output_size=num_tokens)
+
+
+def mend_cpu_sampling() -> None:
+    """Let vLLM 0.32.0 on CPU check drafts at the temperature asked for.
+
+    There its own expansion writes values that are no int64 into a copy that is dropped
+    (`utils/cpu_triton_utils.py`, `_expand_kernel_impl`): temperatures are what happened to be in memory, and
+    next to no sampled draft is accepted.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm.v1.sample import rejection_sampler
+
+        rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+
+
 def _answer(job: dict[str, Any], connection: Connection) -> None:
     """The body of the child process."""
     child.enter(job["log"])
@@ -92,6 +120,7 @@ def _answer(job: dict[str, Any], connection: Connection) -> None:
                 connection.send(("progress", n or 0))
             return None
 
+    mend_cpu_sampling()
     started = time.monotonic()
     llm = LLM(**job["engine"])
     prompts = [TokensPrompt(prompt_token_ids=ids) for ids in job["prompts"]]

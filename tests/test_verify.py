@@ -18,7 +18,7 @@ from export import nextn
 from export.checkpoint import Checkpoint
 from export.keymap import DROPPED
 from pipeline.greedy import compare, noise
-from pipeline.measure import read_logits, save_logits
+from pipeline.measure import expand_batch_to_tokens, read_logits, save_logits
 from pipeline.verify import plan, run, verify
 from pipeline.view import make_view
 
@@ -231,6 +231,13 @@ def test_verify_resumes_from_finished_measurements(verified):
     assert json.loads((folder / "plain.json").read_text())["result"]["outputs"]
 
 
+def test_values_of_requests_are_repeated_for_their_drafted_tokens():
+    ends = torch.tensor([2, 5, 6], dtype=torch.int32)
+    found = expand_batch_to_tokens(torch.tensor([0.7, 0.0, 2.0]), ends, 6, replace_from=0, replace_to=1)
+    assert found.tolist() == torch.tensor([0.7, 0.7, 1, 1, 1, 2]).tolist()
+    assert expand_batch_to_tokens(torch.tensor([5, 50, 500]), ends, 6).tolist() == [5, 5, 50, 50, 50, 500]
+
+
 def damaged_draft(draft: Path, target: Path, folder: Path) -> Path:
     """The export of a layer with two experts exchanged and half of the last norm scaled."""
     out = folder / "weights"
@@ -264,6 +271,9 @@ def test_a_damaged_draft_is_seen_and_costs_one_engine(verified, tmp_path):
     assert {p: after[p] for p in before} == before
     assert len(after) == len(before) + 2
     figures = again["drafts"][str(damaged)]
+    print(
+        "SAMPLED", {n: d["sampled"]["acceptance_length"] for n, d in again["drafts"].items() if d["sampled"]}
+    )
     assert figures["acceptance_length"] < 0.8 * result["after"]["acceptance_length"]
     assert (figures["greedy"]["equal"], figures["greedy"]["different"]) == (6, 0)
 
