@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from configs.errors import StoreError
@@ -111,7 +111,8 @@ def info(store: FeatureStore | str | os.PathLike[str]) -> dict[str, Any]:
 def render_info(found: dict[str, Any]) -> RenderableType:
     """What `info` returns, for a person."""
     totals, entropy = found["totals"], found["entropy"]
-    table = Table(box=None, show_header=False)
+    # a long path is folded, never cut
+    table = Table("", Column(overflow="fold"), box=None, show_header=False)
     table.add_row("store", found["url"])
     table.add_row("manifest", f"{found['version']}, {found['created']}")
     table.add_row("parts", f"{totals['parts']:,}, compression {_pairs(found['compression'])}")
@@ -223,7 +224,7 @@ def render_show(found: dict[str, Any], *, brackets: bool = False) -> RenderableT
         found: from `show`.
         brackets: mark them with brackets, where there are no colours.
     """
-    head = Table(box=None, show_header=False)
+    head = Table("", Column(overflow="fold"), box=None, show_header=False)
     head.add_row("document", f"uid {found['uid']}, place {found['place']}, part {found['part']}")
     head.add_row("source", Text(found["source"] or "-"))
     head.add_row("split", "held out" if found["held_out"] else "train")

@@ -26,6 +26,9 @@ SMALL = [
     "prompts.limit=40",
     "prompts.held_out=0.3",
     "prompts.max_answer_tokens=24",
+    # three steps say something about greedy answers alone
+    "prompts.temperature=0",
+    "prompts.max_loop_share=1",
     "prompts.max_loop_share=1",  # so little trained it says little else
     "dump.block_documents=16",
     "train.max_steps=3",

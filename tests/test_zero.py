@@ -89,6 +89,8 @@ def test_a_rank_binds_its_device_before_anything_else_happens(monkeypatch):
     calls = []
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("LOCAL_RANK", "3")
+    # restored afterwards: vLLM's engines, which other tests start, refuse it
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(device))
     monkeypatch.setattr(zero.deepspeed, "init_distributed", lambda **_: calls.append("join"))
