@@ -1,6 +1,7 @@
 """The forms of attention: causal over packed documents, and an anchor's over step 0's keys and its own.
 
     packed_causal_attention   every token to the places of its document up to its own
+    packed_sparse_attention   the same, to those of them that the indexer chooses
     documents                 an unroll step, plain, one document at a time
     blocks                    the same by flex attention, in linear memory
     whole                     the same, plain, over the whole batch at once: the reference
@@ -19,7 +20,16 @@ from torch._dynamo import config as dynamo_config
 from torch.fx.experimental import _config as fx_config
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
-__all__ = ["Attend", "attend_dense", "attention_form", "packed_causal_attention", "per_row"]
+from train.indexer import Candidates, Index
+
+__all__ = [
+    "Attend",
+    "attend_dense",
+    "attention_form",
+    "packed_causal_attention",
+    "packed_sparse_attention",
+    "per_row",
+]
 
 Attend = Callable[[Tensor, tuple[Tensor, Tensor] | None], Tensor]
 """attend(q_AHQ, (k_AHQ, v_AHC) of the step, None at step 0) -> o_AHC; called once a step, in order."""
@@ -57,6 +67,32 @@ def packed_causal_attention(
         qh, kh, vh = (x.transpose(0, 1)[None] for x in (q, k, v))
         o = F.scaled_dot_product_attention(qh, kh, vh, is_causal=True, scale=scale)
         out.append(o[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+def packed_sparse_attention(
+    q_THQ: Tensor, k_THQ: Tensor, v_THC: Tensor, index: Index, cu_seqlens: Tensor, scale: float, topk: int
+) -> Tensor:
+    """Attend within each document, to the best `topk` positions up to one's own; all but `index` as above.
+
+    Args:
+        index: the indexer's queries, keys and weights of the packed tokens.
+        topk: positions a token attends to; in documents of no more tokens this is causal attention.
+    """
+    out = []
+    lengths = cu_seqlens.diff().tolist()
+    packed = (q_THQ, k_THQ, v_THC, index.q_AHI, index.k_TI, index.w_AH)
+    for q, k, v, q_index, k_index, w in zip(*(x.split(lengths) for x in packed), strict=True):
+        qh, kh, vh = (x.transpose(0, 1)[None] for x in (q, k, v))
+        candidates = Candidates(k_index, torch.arange(len(q), device=q.device), topk)
+        if candidates.all_kept:
+            o = F.scaled_dot_product_attention(qh, kh, vh, is_causal=True, scale=scale)
+            out.append(o[0].transpose(0, 1))
+            continue
+        for rows in candidates.chunks():
+            mask = candidates.chosen(q_index, w, rows)
+            o = F.scaled_dot_product_attention(qh[:, :, rows], kh, vh, attn_mask=mask, scale=scale)
+            out.append(o[0].transpose(0, 1))
     return torch.cat(out)
 
 

@@ -2,20 +2,22 @@
 
 Faithful to vLLM 0.32.0 `model_executor/models/deepseek_v2.py`; deviations are listed in `train/mtp.py`.
 
-Legend: T tokens, D hidden_size, H heads, E experts, K experts a token, F expert width, P nope, R rope,
-Q = P + R, C value width of a head, L kv_lora_rank.
+Legend: T tokens, A rows that ask, D hidden_size, H heads, E experts, K experts a token, F expert width,
+P nope, R rope, Q = P + R, C value width of a head, L kv_lora_rank, N q_lora_rank.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.attention import packed_causal_attention
+from train.attention import packed_causal_attention, packed_sparse_attention
 from train.dims import Dims
 from train.indexer import Indexer
 from train.kernels.moe import moe
 
-__all__ = ["MLP", "Attention", "DecoderLayer", "Gate", "MoE", "rotary"]
+__all__ = ["MLP", "Attention", "DecoderLayer", "Gate", "MoE", "Projected", "rotary"]
 
 
 def rotary(x: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
@@ -33,8 +35,24 @@ def rotary(x: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
 
 
+class Projected(NamedTuple):
+    """What attention makes of its input.
+
+    Attributes:
+        q_AHQ: queries of the rows asked for; the rotary part is the last R of Q.
+        compressed_AN: what they are made of, after its norm; the indexer's queries are made of it too.
+        latent_TL: what keys and values of all heads are made of, after its norm.
+        k_pe_TR: the rotated key that all heads share.
+    """
+
+    q_AHQ: Tensor
+    compressed_AN: Tensor
+    latent_TL: Tensor
+    k_pe_TR: Tensor
+
+
 class Attention(nn.Module):
-    """Multi-head latent attention (`self_attn.*`), expanded form (arXiv 2412.19437, section 2.1.1).
+    """Multi-head latent attention (`self_attn.*`, arXiv 2412.19437, section 2.1.1), sparse where V3.2's is.
 
     Args:
         dims: sizes of the target.
@@ -59,38 +77,56 @@ class Attention(nn.Module):
         if dims.index_topk:
             self.indexer = Indexer(dims)
 
-    def project(self, x_TD: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of each token.
+    def project(self, x_TD: Tensor, positions_T: Tensor, rows_A: Tensor | None = None) -> Projected:
+        """Queries, and what keys and values are made of.
 
         Args:
             x_TD: normed input of the attention.
             positions_T: place of each token in its document, int64 [T].
-
-        Returns:
-            q [T, H, Q], k [T, H, Q], v [T, H, C]; the rotary part is the last R of Q.
+            rows_A: rows to make queries of, int64 [A]; by default all.
         """
         dims = self.dims
         heads, rope = dims.num_attention_heads, dims.qk_rope_head_dim
         angles = positions_T[:, None].float() * dims.inv_freq(x_TD.device)
-        cos_TR, sin_TR = angles.cos(), angles.sin()
-        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD))).unflatten(-1, (heads, -1))
-        q_nope, q_pe = q.split((dims.qk_nope_head_dim, rope), -1)
+        cos, sin = angles.cos(), angles.sin()
         latent_TL, k_pe = self.kv_a_proj_with_mqa(x_TD).split((dims.kv_lora_rank, rope), -1)
-        kv = self.kv_b_proj(self.kv_a_layernorm(latent_TL)).unflatten(-1, (heads, -1))
+        latent_TL, k_pe = self.kv_a_layernorm(latent_TL), rotary(k_pe[:, None], cos, sin)[:, 0]
+        if rows_A is not None:
+            x_TD, cos, sin = x_TD[rows_A], cos[rows_A], sin[rows_A]
+        compressed = self.q_a_layernorm(self.q_a_proj(x_TD))
+        q = self.q_b_proj(compressed).unflatten(-1, (heads, -1))
+        q_nope, q_pe = q.split((dims.qk_nope_head_dim, rope), -1)
+        return Projected(torch.cat((q_nope, rotary(q_pe, cos, sin)), -1), compressed, latent_TL, k_pe)
+
+    def expand(self, latent_TL: Tensor, k_pe_TR: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [T, H, Q] and values [T, H, C] of each head; the rotary part is the last R of Q."""
+        dims = self.dims
+        kv = self.kv_b_proj(latent_TL).unflatten(-1, (dims.num_attention_heads, -1))
         k_nope, v_THC = kv.split((dims.qk_nope_head_dim, dims.v_head_dim), -1)
         # one rotary key for all heads
-        k_pe = rotary(k_pe[:, None], cos_TR, sin_TR).expand(-1, heads, -1)
-        q_THQ = torch.cat((q_nope, rotary(q_pe, cos_TR, sin_TR)), -1)
-        return q_THQ, torch.cat((k_nope, k_pe), -1), v_THC
+        k_pe = k_pe_TR[:, None].expand(-1, dims.num_attention_heads, -1)
+        return torch.cat((k_nope, k_pe), -1), v_THC
 
     def output(self, o_THC: Tensor) -> Tensor:
         """Project the heads' results back to [T, D]."""
         return self.o_proj(o_THC.flatten(-2))
 
     def forward(self, x_TD: Tensor, positions_T: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Dense causal attention within each packed document; x and result [T, D]."""
-        q, k, v = self.project(x_TD, positions_T)
-        return self.output(packed_causal_attention(q, k, v, cu_seqlens, self.dims.softmax_scale))
+        """Causal attention within each packed document; x and result [T, D].
+
+        Sparse, by the layer's own indexer, in documents of more than `index_topk` tokens: up to that many it
+        keeps every key. No gradient reaches the indexer.
+        """
+        made, topk = self.project(x_TD, positions_T), self.dims.index_topk
+        k, v = self.expand(made.latent_TL, made.k_pe_TR)
+        if not topk or int(cu_seqlens.diff().max()) <= topk:
+            o = packed_causal_attention(made.q_AHQ, k, v, cu_seqlens, self.dims.softmax_scale)
+        else:
+            with torch.no_grad():
+                index = self.indexer(x_TD, made.compressed_AN, positions_T)
+            scale = self.dims.softmax_scale
+            o = packed_sparse_attention(made.q_AHQ, k, v, index, cu_seqlens, scale, topk)
+        return self.output(o)
 
 
 class MLP(nn.Module):

@@ -130,17 +130,18 @@ def unroll(
     masked = positions == 0 if mask_position_0 else None
     carried = layer.start(hidden)
     x_TD, attended_TD = layer.enter(tokens(every, 0), carried, masked)
-    q_THQ, k_THQ, v_THC = layer.self_attn.project(attended_TD, positions)
+    made = layer.self_attn.project(attended_TD, positions)
+    k_THQ, v_THC = layer.self_attn.expand(made.latent_TL, made.k_pe_TR)
     all_rows = len(anchors) == T
-    x_AD, q_AHQ = (x_TD, q_THQ) if all_rows else (x_TD[anchors], q_THQ[anchors])
+    x_AD, q_AHQ = (x_TD, made.q_AHQ) if all_rows else (x_TD[anchors], made.q_AHQ[anchors])
     attend = attention_form(attention, anchors, cu_seqlens, k_THQ, v_THC, layer.dims.softmax_scale)
     own: tuple[Tensor, Tensor] | None = None
     states: list[Tensor] = []
     for s in range(num_steps):
         if s:
             x_AD, attended_AD = layer.enter(tokens(anchors, s), carried)
-            q_AHQ, k, v = layer.self_attn.project(attended_AD, positions[anchors] + s)
-            own = k, v
+            made = layer.self_attn.project(attended_AD, positions[anchors] + s)
+            q_AHQ, own = made.q_AHQ, layer.self_attn.expand(made.latent_TL, made.k_pe_TR)
         x_AD = x_AD + layer.self_attn.output(attend(q_AHQ, own))
         x_AD = x_AD + layer.mlp(layer.post_attention_layernorm(x_AD))
         state_AD, carried = layer.leave(x_AD)
