@@ -282,8 +282,10 @@ class Eagle3Config(Section):
 class EvaluateConfig(Section):
     checkpoint: str = "best"
     """`best`, `last`, `step_000200`, `released` (before training), or the path of a checkpoint or export."""
-    num_speculative_tokens: int = Field(3, ge=1, le=16)
+    num_speculative_tokens: int = Field(3, ge=1, le=MOST_DRAFTS)
     """Draft tokens a step."""
+    num_steps_max: int = Field(6, ge=1, le=MOST_DRAFTS)
+    """Acceptance is told for every number of draft tokens up to this one."""
     max_documents: int | None = Field(None, ge=1)
     """Held-out documents to use; all by default."""
 
@@ -308,6 +310,8 @@ class VerifyConfig(Section):
     """Which one the export must be of, named as in `export.checkpoint`; another one is not served."""
     num_speculative_tokens: int = Field(3, ge=1, le=MOST_DRAFTS)
     """Draft tokens a step."""
+    num_steps_max: int = Field(6, ge=1, le=MOST_DRAFTS)
+    """Acceptance is told for every number of draft tokens up to this one."""
     max_conversations: int | None = Field(None, ge=1)
     """Held-out conversations to serve; all by default."""
     max_tokens: int = Field(256, ge=2)

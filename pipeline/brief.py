@@ -30,8 +30,9 @@ def _train(found: Mapping[str, Any]) -> str:
 
 
 def _evaluate(found: Mapping[str, Any]) -> str:
+    bounds = "" if found["low"] is None else f" ({found['low']:.3f} to {found['high']:.3f})"
     return (
-        f"{found['checkpoint']}: acceptance length {found['acceptance_length']:.3f}, by position"
+        f"{found['checkpoint']}: acceptance length {found['acceptance_length']:.3f}{bounds}, by position"
         f" {_positions(found)}, on {count(found['documents'], 'held-out document')}"
     )
 

@@ -142,9 +142,10 @@ def _acceptance(run: Path) -> str:
         ]
         parts.append(_table(["offline evaluator", "acceptance length", "by position"], rows))
     by_source = [
-        [name, source, f"{x['documents']:,}", f"{x['acceptance_length']:.3f}"]
+        [name, x["source"], f"{x['documents']:,}", f"{x['acceptance_length']:.3f}"]
         for name, found in offline.items()
-        for source, x in found.get("by_source", {}).items()
+        for x in found.get("by_source", [])
+        if (x["num_steps"], x["temperature"]) == (len(found["acceptance_per_position"]), 0)
     ]
     if by_source:
         parts.append(_table(["offline evaluator", "source", "documents", "acceptance length"], by_source))

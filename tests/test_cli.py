@@ -72,7 +72,8 @@ def test_make_passes_run_directories_of_any_name():
 def test_the_report_tells_sources_apart(capsys, tmp_path):
     write_json(tmp_path / "dump.json", {"loop_share_by_source": {"docs": 0.0312, "given": None}})
     one = {"acceptance_length": 2.5, "acceptance_per_position": [0.8], "documents": 3}
-    by_source = {"docs": one, "web": one | {"acceptance_length": 1.75}}
+    row = one | {"num_steps": 1, "temperature": 0}
+    by_source = [row | {"source": "docs"}, row | {"source": "web", "acceptance_length": 1.75}]
     write_json(tmp_path / "evaluate.best.json", one | {"by_source": by_source})
     assert run(capsys, "report", str(tmp_path))[0] == 0
     page = (tmp_path / "report.html").read_text()

@@ -1,5 +1,6 @@
 """Offline acceptance against a server played out token by token, and what evaluation refuses."""
 
+import itertools
 import json
 
 import numpy as np
@@ -20,6 +21,7 @@ from tests.stores import write_store
 from train import evaluate, launch
 from train.batch import check_lengths, held_out, open_split, pack
 from train.draft import Draft
+from train.loss import HeadLoss
 from train.model import load_layer
 
 DRAFTS = 3
@@ -48,7 +50,7 @@ def layer(tiny_checkpoint, store):
     return layer
 
 
-def serve(reference, document):
+def serve(reference, document, drafts=DRAFTS):
     """Play the server: draft with its own tokens, keep what the document says, go on behind the next token.
 
     Returns the number accepted and the number of known targets of every draft.
@@ -58,7 +60,7 @@ def serve(reference, document):
     rounds = []
     place = int(document.loss_mask.nonzero()[0])
     while place + 1 < len(ids):
-        known = min(DRAFTS, len(ids) - 1 - place)
+        known = min(drafts, len(ids) - 1 - place)
         anchor = place - 1
         keys, values = reference.keys[: anchor + 1], reference.values[: anchor + 1]
         state, accepted = carried[anchor], 0
@@ -79,13 +81,15 @@ def test_acceptance_is_that_of_a_server_played_out_serially(tiny_checkpoint, sto
     state = layer.state_dict()
     reference.w |= to_checkpoint(keymap(Checkpoint(tiny_checkpoint).config), state)
     documents = held_out(store, None)
-    with torch.no_grad():
-        rounds = [pair for i in documents for pair in serve(reference, store[i])]
-    at_risk, accepted = np.zeros(DRAFTS), np.zeros(DRAFTS)
-    for taken, known in rounds:
-        at_risk[: min(taken + 1, known)] += 1
-        accepted[:taken] += 1
-    through = np.cumprod(accepted / at_risk)
+    played = {}
+    for drafts in range(1, DRAFTS + 1):
+        with torch.no_grad():
+            rounds = [pair for i in documents for pair in serve(reference, store[i], drafts)]
+        at_risk, accepted = np.zeros(drafts), np.zeros(drafts)
+        for taken, known in rounds:
+            at_risk[: min(taken + 1, known)] += 1
+            accepted[:taken] += 1
+        played[drafts] = np.cumprod(accepted / at_risk)
     # drafts must be taken to the end and some refused, or nothing is compared
     assert (accepted > 0).all()
     assert (accepted < at_risk).any()
@@ -93,13 +97,20 @@ def test_acceptance_is_that_of_a_server_played_out_serially(tiny_checkpoint, sto
     arguments = {"tokens_per_batch": 64, "dtype": torch.float32, "device": torch.device("cpu")}
     draft = Draft(layer, TrainConfig(dtype="float32"))
     found = evaluate.measure(draft, store, documents, DRAFTS, **arguments)
-    assert found["acceptance_per_position"] == pytest.approx(through.tolist())
-    assert found["acceptance_length"] == pytest.approx(1 + through.sum())
+    assert found["acceptance_per_position"] == pytest.approx(played[DRAFTS].tolist())
+    assert found["acceptance_length"] == pytest.approx(1 + played[DRAFTS].sum())
+    # these texts are what the target says, so that it is the same at both temperatures
+    sampled = evaluate.measure(draft, store, documents, 1, num_steps_max=2, text_temperature=1, **arguments)
+    expected = [(k, t, 1 + played[k].sum()) for t in (0, 1) for k in (1, 2)]
+    rows = [(r["num_steps"], r["temperature"], r["acceptance_length"]) for r in sampled["by_num_steps"]]
+    assert np.array(rows) == pytest.approx(np.array(expected))
+    assert sampled["acceptance_length"] == pytest.approx(1 + played[1].sum())
     assert found["documents"] == len(documents)
     assert found["tokens"] == int(store.n_loss[documents].sum())
     assert found["drafts"] == at_risk[0]
     assert 1 < found["overlap_acceptance_length"] <= 1 + DRAFTS
     assert found["all_anchors_acceptance_length"] != found["acceptance_length"]
+    assert found["low"] < found["acceptance_length"] < found["high"]
 
     # one rank or three: the same counts
     shares = []
@@ -108,44 +119,78 @@ def test_acceptance_is_that_of_a_server_played_out_serially(tiny_checkpoint, sto
         evaluate.measure(draft, store, documents, DRAFTS, **arguments, **ranks)
     ranks = {"rank": 0, "world_size": 3, "add_up": lambda x: sum(shares, x)}
     together = evaluate.measure(draft, store, documents, DRAFTS, **arguments, **ranks)
-    assert together.keys() == found.keys()
-    for key, value in found.items():
-        assert together[key] == pytest.approx(value), key
+    overlap = found["overlap_acceptance_length"]
+    assert together == found | {"overlap_acceptance_length": pytest.approx(overlap)}
 
 
-def test_acceptance_is_told_by_source_too(tmp_path, tiny_checkpoint, layer):
+def walked(taken, mask, bounds, num_steps):
+    """Counts of a server's walk, one document after the other, one draft after the other."""
+    counts = np.zeros((len(bounds) - 1, 2, num_steps))
+    for document, (start, end) in enumerate(itertools.pairwise(bounds)):
+        place = start + 1
+        while place < end:
+            stop = place
+            while stop < end and mask[stop]:
+                stop += 1
+            while place + 1 < stop:
+                accepted = 0
+                for step in range(min(num_steps, stop - 1 - place)):
+                    counts[document, 0, step] += 1
+                    if not taken[step, place + 1 + step]:
+                        break
+                    counts[document, 1, step] += 1
+                    accepted += 1
+                place += accepted + 1
+            place = stop + 1
+    return counts
+
+
+def test_every_number_of_drafts_and_either_temperature_has_a_walk_of_its_own():
+    generator = torch.Generator().manual_seed(0)
+    lengths, num_steps = [40, 2, 3, 57, 1, 90], 5
+    bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    mask = torch.rand(sum(lengths), generator=generator) < 0.9
+    mask[bounds[3] :] = True
+    ids = torch.zeros(sum(lengths), dtype=torch.int64)
+    batch = evaluate.Packed(ids, mask, bounds, ids, ids)
+    scored = batch.scored(num_steps)
+    shape = (num_steps, len(scored.tokens))
+    agree, hit = (torch.rand(shape, generator=generator) < share for share in (0.8, 0.5))
+    overlap = torch.rand(shape, generator=generator)
+    found = evaluate.tally(HeadLoss(ids, agree, overlap, overlap, hit), scored, batch)
+    for at, said in enumerate((agree, hit)):
+        taken = np.zeros((num_steps, len(ids)), bool)
+        taken[:, scored.tokens] = said & scored.valid
+        for drafts in range(1, num_steps + 1):
+            expected = walked(taken, mask.numpy(), bounds.tolist(), drafts)
+            assert found.served[:, at, drafts - 1, :, :drafts].tolist() == expected.tolist()
+            assert not found.served[:, at, drafts - 1, :, drafts:].any()
+    assert found.tokens.tolist() == [int(mask[a:b].sum()) for a, b in itertools.pairwise(bounds.tolist())]
+    assert (found.alike[:, 0, 0] >= found.served[:, 0, 0, 0, 0]).all()
+
+
+def test_acceptance_is_told_by_source_and_by_length(tmp_path, tiny_checkpoint, layer):
+    lengths = [140 if n % 4 == 0 else n for n in LENGTHS]
     store = open_store(
         write_store(
-            tmp_path / "store", tiny_checkpoint, lengths=LENGTHS, held_out_every=1, sources=("a", "b")
+            tmp_path / "store", tiny_checkpoint, lengths=lengths, held_out_every=1, sources=("a", "b")
         )
     )
     draft = Draft(layer, TrainConfig(dtype="float32"))
 
-    def measure(documents, **ranks):
-        return evaluate.measure(
-            draft,
-            store,
-            np.asarray(documents),
-            DRAFTS,
-            tokens_per_batch=64,
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-            **ranks,
-        )
+    def measure(documents):
+        arguments = {"tokens_per_batch": 64, "dtype": torch.float32, "device": torch.device("cpu")}
+        return evaluate.measure(draft, store, np.asarray(documents), DRAFTS, **arguments)
 
     everything = np.arange(len(store))
     found = measure(everything)
-    assert sorted(found["by_source"]) == ["a", "b"]
-    for name, one in found["by_source"].items():
-        alone = measure(everything[store.source == name])
-        assert "by_source" not in alone
-        assert one.keys() == alone.keys()
-        assert all(one[key] == pytest.approx(value) for key, value in alone.items())
-    shares = []
-    measure(everything, rank=1, world_size=2, add_up=lambda x: shares.append(x.clone()) or x)
-    together = measure(everything, rank=0, world_size=2, add_up=lambda x: x + shares[0])
-    for name, one in found["by_source"].items():
-        assert all(together["by_source"][name][key] == pytest.approx(value) for key, value in one.items())
+    assert [row["source"] for row in found["by_source"]] == ["a"] * DRAFTS + ["b"] * DRAFTS
+    assert [row["length"] for row in found["by_length"]] == ["1-128"] * DRAFTS + ["129-256"] * DRAFTS
+    groups = {"source": store.source, "length": np.where(store.length > 128, "129-256", "1-128")}
+    for key, kinds in groups.items():
+        for kind in set(kinds):
+            alone = measure(everything[kinds == kind])["by_num_steps"]
+            assert [row | {key: kind} for row in alone] == [r for r in found[f"by_{key}"] if r[key] == kind]
 
 
 RELEASED = "evaluate.checkpoint=released"
@@ -166,7 +211,8 @@ def test_released_layer_is_measured_and_written_down(tmp_path, config):
     assert found["documents"] == 5
     assert len(found["acceptance_per_position"]) == 3
     written = json.loads((tmp_path / "evaluate.released.json").read_text())
-    assert written == {"format": 1, **found}
+    assert written == {"format": 2, **found}
+    assert [row["num_steps"] for row in found["by_num_steps"]] == 2 * [1, 2, 3, 4, 5, 6]
 
 
 def test_what_does_not_fit_is_refused(tmp_path, tiny_checkpoint, tiny_config, config):

@@ -48,13 +48,14 @@ class Draft(nn.Module):
         taken, self._rows_E = self._rows_E, torch.zeros_like(self._rows_E)
         return taken
 
-    def forward(self, batch: Packed, scored: Scored, weights_SM: Tensor) -> HeadLoss:
+    def forward(self, batch: Packed, scored: Scored, weights_SM: Tensor, *, hits: bool = False) -> HeadLoss:
         """Unroll the anchors and compare every scored prediction with the target's.
 
         Args:
             batch: the documents.
             scored: from `batch.scored`; its number of steps is the unroll's.
             weights_SM: float32 weight of each prediction; those that are not valid must weigh 0.
+            hits: compare what is predicted with the text's own token too.
         """
         config = self.train_config
         states = unroll(
@@ -72,6 +73,7 @@ class Draft(nn.Module):
             "weights": weights_SM,
             "targets": batch.input_ids[scored.tokens],
             "temperature": config.temperature,
+            "hits": hits,
         }
         if isinstance(self.layer, Eagle3Layer) and self.layer.own_head is not None:
             return HeadLoss(*self.layer.own_head(*compared, keep=self.layer.keep, **options))

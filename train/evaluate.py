@@ -1,14 +1,25 @@
 """Offline acceptance: how many of a draft's tokens the target would take, from stored states alone.
 
-A server drafts K tokens after each token it knows, keeps those that equal the target's greedy ones up to the
-first that does not, and goes on after the token that the target gives there. `tally` repeats this walk over
-the answers of held-out documents, so that its acceptance length is the one a server measures; beside it
-stands the mean over all anchors, which weighs hard places less than a server does.
+A server drafts K tokens after each token it knows, keeps those that the target takes up to the first that it
+does not, and goes on after the token that the target gives there. `tally` repeats this walk over the answers
+of held-out documents, for every K up to the greatest, so that its acceptance length is the one a server
+measures; beside it stands the mean over all anchors, which weighs hard places less than a server does.
 
-Legend: T tokens, S = K draft steps, M predicted tokens.
+Temperature 0: a draft token is taken where draft and target have the same arg-max. Where the text is the
+target's greedy one this is the server's own walk, rounding aside. In a sampled text the later tokens of a
+draft follow what was sampled, not what was most likely.
+
+The temperature of the text: vLLM drafts the most likely token d also for sampled answers, takes it with the
+target's probability p(d), the sum of min(p, q) for a q that is all on d, and otherwise samples from p without
+d. What comes out is a sample of p, and d was taken exactly if it is that sample. So in a text that the target
+sampled, a draft token is taken where it *is* the text's token: given the text, nothing is left to chance, and
+the walk is exactly that of a server with the same temperature and top-p. Drafts that are sampled themselves
+(vLLM's `draft_sample_method = "probabilistic"`) are not walked; `overlap_acceptance_length` stands for them,
+the mean over all anchors of the product of their sums of min(p, q), which is exact for one draft token.
+
+Legend: T tokens, S draft steps, M predicted tokens, B documents of a batch, N documents.
 """
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +30,7 @@ import torch
 from torch import Tensor
 
 from configs import run_dir
+from configs.acceptance import acceptance_length, share_accepted, tables
 from configs.errors import StoreNotFoundError
 from configs.files import write_json
 from configs.progress import task
@@ -34,110 +46,109 @@ __all__ = ["Tally", "measure", "plan", "ready", "run", "tally"]
 
 
 class Tally(NamedTuple):
-    """Counts that add up over documents; every entry float64, [S] but for the scalars.
+    """Counts by document; they add up.
 
     Attributes:
-        at_risk: drafts of the walk that reached each step: all earlier steps accepted, the target's token
-            here known.
-        accepted: those accepted at the step as well.
-        any_at_risk, any_accepted: the same over all anchors instead of the walk's.
-        overlap: sum over anchors of the product of min(p, q) sums up to each step, anchors with all K steps.
-        anchors: number of those anchors.
-        tokens: answer tokens.
-        documents: documents.
+        served: drafts of the walk that tried each step (all earlier ones accepted, the target's token here
+            known), and those accepted there, [N, 2, S, 2, S]: at temperature 0 and at the text's, for each
+            number of draft tokens.
+        alike: the same at temperature 0 over all anchors instead of the walk's, [N, 2, S].
+        overlap: sum over anchors of the product of min(p, q) sums up to each step, [N, S].
+        whole: anchors whose target's tokens are known up to each step, [N, S].
+        tokens: answer tokens, [N].
     """
 
-    at_risk: np.ndarray
-    accepted: np.ndarray
-    any_at_risk: np.ndarray
-    any_accepted: np.ndarray
+    served: np.ndarray
+    alike: np.ndarray
     overlap: np.ndarray
-    anchors: np.ndarray
+    whole: np.ndarray
     tokens: np.ndarray
-    documents: np.ndarray
 
     @classmethod
-    def zeros(cls, num_steps: int) -> "Tally":
+    def zeros(cls, documents: int, num_steps: int) -> "Tally":
         """Nothing counted yet."""
-        return cls(*(np.zeros(num_steps) for _ in range(5)), *(np.zeros(1) for _ in range(3)))
-
-    def plus(self, other: "Tally") -> "Tally":
-        """The counts of both."""
-        return Tally(*map(np.add, self, other))
-
-    def result(self) -> dict[str, Any]:
-        """Acceptance as a JSON object.
-
-        The share accepted through step k is the product of the shares at each step of those still alive:
-        near the end of an answer a draft's last targets are unknown, and it counts for the steps it has.
-        """
-        through = np.cumprod(self.accepted / np.maximum(self.at_risk, 1))
-        alike = np.cumprod(self.any_accepted / np.maximum(self.any_at_risk, 1))
-        overlap = self.overlap / np.maximum(self.anchors, 1)
-        return {
-            "acceptance_length": float(1 + through.sum()),
-            "acceptance_per_position": through.tolist(),
-            "all_anchors_acceptance_length": float(1 + alike.sum()),
-            "all_anchors_acceptance_per_position": alike.tolist(),
-            "overlap_acceptance_length": float(1 + overlap.sum()),
-            "documents": int(self.documents[0]),
-            "tokens": int(self.tokens[0]),
-            "drafts": int(self.at_risk[0]),
-        }
+        S = num_steps
+        shapes: list[tuple[int, ...]] = [(2, S, 2, S), (2, S), (S,), (S,), ()]
+        return cls(*(np.zeros((documents, *shape)) for shape in shapes))
 
 
-def _answers(mask: np.ndarray, start: int, end: int) -> list[tuple[int, int]]:
-    """Runs [a, b) of masked-in tokens in rows [start, end)."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask[start:end].astype(np.int8), [0]]))) + start
-    return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
-
-
-def tally(agree_SM: Tensor, overlap_SM: Tensor, scored: Scored, batch: Packed) -> list[Tally]:
+def tally(found: HeadLoss, scored: Scored, batch: Packed) -> Tally:
     """Count the drafts of every answer of a batch, document by document.
 
     The token at row m is known, the anchor is m - 1, and step s predicts row m + 1 + s. A server's first
     draft of an answer comes after its first token, the next one after what was accepted and one token more.
 
     Args:
-        agree_SM: bool, draft and target have the same arg-max.
-        overlap_SM: float32, sum of min(p, q).
+        found: with `hit`; [S, M].
         scored: the predictions, by token.
         batch: the documents.
     """
-    num_steps = len(agree_SM)
-    T = len(batch.input_ids)
-    mask = batch.loss_mask.cpu().numpy()
+    S, T = len(found.agree), len(batch.input_ids)
+    steps = np.arange(S)[:, None]
     rows = scored.tokens.cpu().numpy()
-    agree = np.zeros((num_steps, T), bool)
-    overlap = np.zeros((num_steps, T))
-    agree[:, rows] = (agree_SM & scored.valid).cpu().numpy()
-    overlap[:, rows] = overlap_SM.double().cpu().numpy()
-    found = []
-    bounds = batch.cu_seqlens.tolist()
+
+    def by_row(x_SM: Tensor) -> np.ndarray:
+        """What step s says of row m + 1 + s, in column m."""
+        x_ST = np.zeros((S, T + S + 1))
+        x_ST[:, rows] = x_SM.double().cpu().numpy()
+        return np.stack([x_ST[s, s + 1 : s + 1 + T] for s in range(S)])
+
+    mask = batch.loss_mask.cpu().numpy()
+    bounds = batch.cu_seqlens.cpu().numpy()
+    known_T = np.zeros(T, np.int64)
+    begins, ends = [], []
     for start, end in itertools.pairwise(bounds):
-        counts = Tally.zeros(num_steps)
-        found.append(counts)
-        counts.documents[:] += 1
-        for a, b in _answers(mask, start, end):
-            counts.tokens[:] += b - a
-            next_walk = a
-            for m in range(max(a, start + 1), b - 1):
-                known = min(num_steps, b - 1 - m)
-                accepted = 0
-                while accepted < known and agree[accepted, m + 1 + accepted]:
-                    accepted += 1
-                tried = min(accepted + 1, known)
-                counts.any_at_risk[:tried] += 1
-                counts.any_accepted[:accepted] += 1
-                if m >= next_walk:
-                    counts.at_risk[:tried] += 1
-                    counts.accepted[:accepted] += 1
-                    next_walk = m + accepted + 1
-                if known == num_steps:
-                    chances = [overlap[s, m + 1 + s] for s in range(num_steps)]
-                    counts.overlap[:] += np.cumprod(chances)
-                    counts.anchors[:] += 1
-    return found
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], mask[start:end].astype(np.int8), [0]]))) + start
+        for a, b in edges.reshape(-1, 2):
+            # the state before a document's first token is not known
+            first = max(a, start + 1)
+            known_T[first:b] = np.minimum(np.arange(b - first)[::-1], S)
+            if first < b - 1:
+                begins.append(first)
+                ends.append(b - 1)
+    assert found.hit is not None
+    taken = [by_row(x & scored.valid).astype(bool) & (steps < known_T) for x in (found.agree, found.hit)]
+    # tokens of a draft that are accepted, up to the first that is not: [2, 1, T]
+    depth = np.stack([np.logical_and.accumulate(x).sum(0) for x in taken])[:, None]
+    drafts = steps + 1
+    accepted, tried = np.minimum(depth, drafts), np.minimum(np.minimum(depth + 1, known_T), drafts)
+    drafted = _walk(accepted + 1, np.array(begins, np.int64), np.array(ends, np.int64))
+    # [2, S drafts, 2, S steps, T]
+    counted = np.stack([tried, accepted], 2)[:, :, :, None] > steps
+    served = np.add.reduceat(counted & drafted[:, :, None, None], bounds[:-1], -1, dtype=np.int64)
+    alike = np.add.reduceat(counted[0, -1], bounds[:-1], -1, dtype=np.int64)
+    whole = known_T > steps
+    overlaps = np.where(whole, np.cumprod(by_row(found.overlap), 0), 0)
+    return Tally(
+        np.moveaxis(served, -1, 0).astype(float),
+        np.moveaxis(alike, -1, 0).astype(float),
+        np.add.reduceat(overlaps, bounds[:-1], -1).T,
+        np.add.reduceat(whole, bounds[:-1], -1, dtype=np.int64).T.astype(float),
+        np.add.reduceat(mask, bounds[:-1], dtype=np.int64).astype(float),
+    )
+
+
+def _walk(lengths: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Where a server drafts, all answers and ways of drafting at once.
+
+    Args:
+        lengths: tokens that a draft at each place yields, int [..., T].
+        begins: place of each answer's first draft.
+        ends: places from here on have nothing to draft.
+
+    Returns:
+        bool, shape of `lengths`.
+    """
+    T = lengths.shape[-1]
+    ways = np.arange(lengths.size // T)[:, None] * T
+    at, stop = (ways + begins).ravel(), (ways + ends).ravel()
+    drafted, flat = np.zeros(lengths.size, bool), lengths.ravel()
+    while len(at):
+        drafted[at] = True
+        at = at + flat[at]
+        left = at < stop
+        at, stop = at[left], stop[left]
+    return drafted.reshape(lengths.shape)
 
 
 def _batches(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -172,11 +183,13 @@ def _read(store: FeatureStore, documents: np.ndarray, states: list[int]) -> Pack
 
 
 def measure(
-    forward: Callable[[Packed, Scored, Tensor], HeadLoss],
+    forward: Callable[..., HeadLoss],
     store: FeatureStore,
     documents: np.ndarray,
-    num_steps: int,
+    num_speculative_tokens: int,
     *,
+    num_steps_max: int = 1,
+    text_temperature: float = 0,
     aux_layers: Sequence[int] = (),
     tokens_per_batch: int,
     dtype: torch.dtype,
@@ -192,7 +205,9 @@ def measure(
         forward: `Draft` or an engine around one.
         store: the store.
         documents: document numbers.
-        num_steps: draft tokens K.
+        num_speculative_tokens: draft tokens a step, of all figures but the lists.
+        num_steps_max: number up to which the lists go, if it is more than that.
+        text_temperature: at which the target sampled the answers; 0 if it did not, or took the most likely.
         aux_layers: layers whose inputs the draft starts from; none for an MTP layer.
         tokens_per_batch: token budget of a forward pass.
         dtype, device: of the layer.
@@ -201,37 +216,60 @@ def measure(
         progress: called with the number of documents done.
 
     Returns:
-        `Tally.result` of all documents and, where they come from several sources, of each in `by_source`.
+        At temperature 0 `acceptance_length` with `low` and `high`, `acceptance_per_position`, the same of all
+        anchors alike, `overlap_acceptance_length`, and `documents`, `tokens`, `drafts`; then the lists of
+        `configs.acceptance.tables`.
     """
-    slices = [documents[r::world_size] for r in range(world_size)]
-    plans = [[mine[b] for b in _batches(store.length[mine], tokens_per_batch)] for mine in slices]
-    # every rank makes as many passes as the busiest one
-    passes = max(len(p) for p in plans)
-    sources = store.source
-    counts = {name: Tally.zeros(num_steps) for name in sorted(set(sources[documents]))}
+    K, S = num_speculative_tokens, max(num_speculative_tokens, num_steps_max)
+    places = np.arange(len(documents))[rank::world_size]
+    mine = documents[places]
+    plans = [_batches(store.length[documents[r::world_size]], tokens_per_batch) for r in range(world_size)]
+    counts = Tally.zeros(len(documents), S)
     states = state_columns(store.contract, aux_layers)
     with torch.no_grad():
-        for number in range(passes):
-            mine = plans[rank][number] if number < len(plans[rank]) else documents[:0]
-            batch = pack(_read(store, mine, states), dtype, device)
-            scored = batch.scored(num_steps)
-            found = forward(batch, scored, scored.valid.float())
-            if len(mine):
-                tallies = tally(found.agree, found.overlap, scored, batch)
-                for name, one in zip(sources[mine], tallies, strict=True):
-                    counts[name] = counts[name].plus(one)
+        # every rank makes as many passes as the busiest one
+        for number in range(max(map(len, plans))):
+            chosen = plans[rank][number] if number < len(plans[rank]) else []
+            batch = pack(_read(store, mine[chosen], states), dtype, device)
+            scored = batch.scored(S)
+            found = forward(batch, scored, scored.valid.float(), hits=True)
+            if chosen:
+                for every, one in zip(counts, tally(found, scored, batch), strict=True):
+                    every[places[chosen]] = one
                 if progress is not None:
-                    progress(len(mine))
-    if add_up is not None and counts:
-        # every rank knows the same sources in the same order
-        rows = torch.from_numpy(np.stack([np.concatenate(one) for one in counts.values()]))
-        ends = np.cumsum([len(x) for x in Tally.zeros(num_steps)])[:-1]
-        added = add_up(rows.to(device)).cpu().numpy()
-        counts = {name: Tally(*np.split(row, ends)) for name, row in zip(counts, added, strict=True)}
-    result = functools.reduce(Tally.plus, counts.values(), Tally.zeros(num_steps)).result()
-    if len(counts) > 1:
-        result["by_source"] = {name: one.result() for name, one in counts.items()}
-    return result
+                    progress(len(chosen))
+    if add_up is not None and len(documents):
+        rows = np.concatenate([x.reshape(len(documents), -1) for x in counts], 1)
+        added = add_up(torch.from_numpy(rows).to(device)).cpu().numpy()
+        ends = np.cumsum([x[0].size for x in counts])[:-1]
+        parts = np.split(added, ends, 1)
+        counts = Tally(*(part.reshape(x.shape) for part, x in zip(parts, counts, strict=True)))
+    temperatures = [0, text_temperature] if text_temperature else [0]
+    lists = tables(
+        counts.served[:, : len(temperatures)],
+        temperatures,
+        counts.tokens,
+        store.source[documents],
+        store.length[documents],
+    )
+    return _headline(counts, K) | {k: lists["by_num_steps"][K - 1][k] for k in ("low", "high")} | lists
+
+
+def _headline(counts: Tally, num_steps: int) -> dict[str, Any]:
+    """Figures of one number of draft tokens at temperature 0, over all documents."""
+    served, alike, overlap, whole, tokens = (x.sum(0) for x in counts)
+    served, alike = served[0, num_steps - 1, :, :num_steps], alike[:, :num_steps]
+    overlaps = overlap / np.maximum(whole, 1)
+    return {
+        "acceptance_length": float(acceptance_length(served)),
+        "acceptance_per_position": share_accepted(served).tolist(),
+        "all_anchors_acceptance_length": float(acceptance_length(alike)),
+        "all_anchors_acceptance_per_position": share_accepted(alike).tolist(),
+        "overlap_acceptance_length": float(1 + overlaps[:num_steps].sum()),
+        "documents": len(counts.tokens),
+        "tokens": int(tokens),
+        "drafts": int(served[0, 0]),
+    }
 
 
 def plan(config: RunConfig) -> str:
@@ -259,8 +297,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     """Measure a checkpoint on the held-out documents and write `RUN/evaluate.NAME.json`.
 
     Returns:
-        acceptance_length and acceptance_per_position as a server would measure them, the same over all
-        anchors alike, overlap_acceptance_length for sampled drafts, counts, and which weights were measured.
+        As `measure`, and which weights were measured.
 
     Raises:
         ContractError: the store was not dumped from this target.
@@ -284,6 +321,8 @@ def run(config: RunConfig) -> dict[str, Any]:
             store,
             documents,
             config.evaluate.num_speculative_tokens,
+            num_steps_max=config.evaluate.num_steps_max,
+            text_temperature=0 if config.prompts.answers == "given" else config.prompts.temperature,
             aux_layers=layer.aux_layers,
             tokens_per_batch=config.train.tokens_per_rank,
             dtype=dtype,
@@ -291,5 +330,5 @@ def run(config: RunConfig) -> dict[str, Any]:
             progress=bar.advance,
         )
     found |= {"checkpoint": name, "weights": str(weights), "store": config.train_store_path}
-    write_json(run_dir.evaluation(config.run.dir, name), {"format": 1, **found})
+    write_json(run_dir.evaluation(config.run.dir, name), {"format": 2, **found})
     return found

@@ -28,6 +28,8 @@ class HeadLoss(NamedTuple):
     """float32, same shape: sum over v of min(p[v], q[v]), the chance that a sampled draft is accepted."""
     per_token: Tensor
     """float32, same shape: the loss of each token, without its weight."""
+    hit: Tensor | None = None
+    """bool, same shape: the student's arg-max is the target token itself; where `hits` asked for it."""
 
 
 def default_chunk(vocab_size: int, device: torch.device) -> int:
@@ -63,7 +65,8 @@ class _HeadLoss(torch.autograd.Function):
         backend: str,
         draft_head_ND: Tensor | None,
         keep_N: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        tokens_T: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         rows = _rows(backend)
         steps, T, _ = student_STD.shape
         V = len(head_VD)
@@ -74,6 +77,7 @@ class _HeadLoss(torch.autograd.Function):
         grad_ND = own_ND.new_zeros(own_ND.shape, dtype=weights_ST.dtype) if ctx.needs_input_grad[9] else None
         per_token_ST, overlap_ST = weights_ST.new_zeros(steps, T), weights_ST.new_zeros(steps, T)
         agree_ST = torch.zeros(steps, T, dtype=torch.bool, device=student_STD.device)
+        hit_ST = None if tokens_T is None else torch.zeros_like(agree_ST)
         t_CV = student_STD.new_empty(min(chunk, T), V)
         s_CN = t_CV.new_empty(len(t_CV), len(own_ND))
         seen_V = None if keep_N is None else _marked(keep_N, V)
@@ -94,6 +98,9 @@ class _HeadLoss(torch.autograd.Function):
             teacher = Teacher.of(t, temperature, weights_ST.dtype, rest_C) if plain else t
             for i in range(steps):
                 torch.mm(student_STD[i, a:b], own_ND.t(), out=s)
+                if hit_ST is not None and tokens_T is not None:
+                    at_C = s.argmax(-1)
+                    hit_ST[i, a:b] = (at_C if keep_N is None else keep_N[at_C]) == tokens_T[a:b]
                 rows(
                     s,
                     teacher,
@@ -117,15 +124,16 @@ class _HeadLoss(torch.autograd.Function):
             ctx.save_for_backward(grad_STD, grad_ND)
         # a token of weight 0 may hold anything, NaN included
         total = (per_token_ST * weights_ST).masked_fill(weights_ST == 0, 0).sum()
-        ctx.mark_non_differentiable(agree_ST, overlap_ST, per_token_ST)
-        return total, agree_ST, overlap_ST, per_token_ST
+        counted = [agree_ST, overlap_ST, per_token_ST, *([] if hit_ST is None else [hit_ST])]
+        ctx.mark_non_differentiable(*counted)
+        return total, agree_ST, overlap_ST, per_token_ST, hit_ST
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         grad_STD, grad_ND = ctx.saved_tensors
         head = None if grad_ND is None else (grad_ND * grad).to(grad_STD.dtype)
-        return (grad_STD * grad, *[None] * 8, head, None)
+        return (grad_STD * grad, *[None] * 8, head, None, None)
 
 
 def _marked(keep_N: Tensor, size: int) -> Tensor:
@@ -152,6 +160,7 @@ def head_loss(
     backend: str | None = None,
     draft_head: Tensor | None = None,
     keep: Tensor | None = None,
+    hits: bool = False,
 ) -> HeadLoss:
     """Compare what student and teacher predict through the same frozen head, or the student through its own.
 
@@ -185,9 +194,10 @@ def head_loss(
         backend: `torch` or `triton`; None chooses by device.
         draft_head: [N, D], dtype of `student`: the student's own head, which may get a gradient too.
         keep: token ids of the rows of `draft_head`, ascending int64 [N]; needed where N is not V.
+        hits: compare the student's arg-max with `targets` too, which may be of any loss then.
 
     Returns:
-        loss, agree, overlap and the loss of each token.
+        loss, agree, overlap, the loss of each token, and with `hits` whether the arg-max is the target token.
 
     Raises:
         ValueError: an argument does not fit; the message names it, what was found and what was expected.
@@ -227,9 +237,11 @@ def head_loss(
         raise ValueError(
             f"weights: found {weights.dtype} {list(weights.shape)}, expected {wide} {list(shape)}"
         )
-    if loss == "ce":
+    if loss == "ce" or hits:
         if targets is None:
-            raise ValueError("targets: found none, expected int64 [T], which the loss ce compares with")
+            raise ValueError(
+                "targets: found none, expected int64 [T], which the loss ce and hits compare with"
+            )
         if targets.shape != shape[-1:] or targets.dtype != torch.int64:
             raise ValueError(
                 f"targets: found {targets.dtype} {list(targets.shape)},"
@@ -257,12 +269,13 @@ def head_loss(
         loss,
         # rows that a smaller vocabulary misses are taken out of a copy
         weights.detach().view(steps_first.shape[:-1]).clone(),
-        targets,
+        targets if loss == "ce" else None,
         float(temperature),
         chunk or default_chunk(len(head), student.device),
         backend or ("triton" if student.device.type == "cuda" and wide == torch.float32 else "torch"),
         draft_head,
         keep,
+        targets if hits else None,
     )
-    total, agree, overlap, per_token = result
-    return HeadLoss(total, agree.view(shape), overlap.view(shape), per_token.view(shape))
+    total, *rows = result
+    return HeadLoss(total, *(None if row is None else row.view(shape) for row in rows))

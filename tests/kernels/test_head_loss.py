@@ -174,11 +174,28 @@ def test_no_tokens_give_a_loss_of_zero(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("pruned", [False, True])
+def test_hits_are_the_tokens_that_the_student_finds_most_likely(backend: str, pruned: bool) -> None:
+    student, teacher, head, _, _ = problem(9, 16, 300, torch.float32)
+    keep = torch.arange(0, 300, 3) if pruned else None
+    named = (student @ (head if keep is None else head[keep]).T).argmax(-1)
+    tokens = named if keep is None else keep[named]
+    tokens[::2] = (tokens[::2] + 1) % 300
+    options = {"draft_head": head[keep], "keep": keep} if keep is not None else {}
+    result = head_loss(student, teacher, head, targets=tokens, hits=True, backend=backend, chunk=4, **options)
+    assert result.hit is not None
+    assert result.hit.tolist() == [False, True] * 4 + [False]
+    plain = head_loss(student, teacher, head, backend=backend, chunk=4, **options)
+    assert plain.hit is None
+    assert result.loss == plain.loss
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_only_the_student_gets_a_gradient(backend: str) -> None:
     student, teacher, head, weights, _ = problem(5, 16, 300, torch.float32)
     inputs = [t.requires_grad_() for t in (student, teacher, head, weights)]
     result = head_loss(student, teacher, head, weights=weights, backend=backend)
-    assert [t.requires_grad for t in result] == [True, False, False, False]
+    assert [t.requires_grad for t in result if t is not None] == [True, False, False, False]
     (2 * result.loss).backward()
     assert [t.grad is not None for t in inputs] == [True, False, False, False]
     _, once = evaluate(student.detach(), teacher.detach(), head.detach(), "kl", weights.detach())
