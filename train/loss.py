@@ -277,5 +277,6 @@ def head_loss(
         keep,
         targets if hits else None,
     )
-    total, *rows = result
-    return HeadLoss(total, *(None if row is None else row.view(shape) for row in rows))
+    total, agree, overlap, per_token, hit = result
+    by_token = agree.view(shape), overlap.view(shape), per_token.view(shape)
+    return HeadLoss(total, *by_token, None if hit is None else hit.view(shape))
