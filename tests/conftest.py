@@ -123,3 +123,10 @@ def tiny_config(conversations_file: Path) -> TinyConfig:
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_config: TinyConfig) -> Path:
     """Directory of an untrained target with a tokenizer; read only, shared by all tests."""
     return random_checkpoint(tmp_path_factory.mktemp("target") / "tiny", tiny_config)
+
+
+@pytest.fixture(scope="session")
+def sparse_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_config: TinyConfig) -> Path:
+    """The same with as many index heads as make choices unique; keeps 64 keys, read only."""
+    sizes = tiny_config.model_copy(update={"index_n_heads": 16, "index_topk": 64})
+    return random_checkpoint(tmp_path_factory.mktemp("target") / "sparse", sizes)

@@ -9,8 +9,10 @@ import torch.nn.attention.flex_attention as flex
 
 from train import attention
 from train.attention import attention_form
+from train.indexer import Index, Selection
 
 HEADS, QUERY, VALUE, STEPS = 2, 24, 16, 4
+INDEX_HEADS, INDEX = 8, 12
 
 
 def problem(lengths, num_anchors, grad, seed, dtype=torch.float32):
@@ -28,11 +30,19 @@ def problem(lengths, num_anchors, grad, seed, dtype=torch.float32):
     return anchors, cu, *places, steps
 
 
-def run(form, anchors, cu, k, v, steps, grad):
-    """What each step attends to, and the gradients of everything."""
+def run(form, anchors, cu, k, v, steps, grad, topk=None):
+    """What each step attends to, by random scores to the best `topk`, and the gradients of everything."""
+    rng = torch.Generator().manual_seed(len(k))
+    A, keys = len(anchors), torch.randn(len(k), INDEX, generator=rng)
+    selection = Selection(anchors, cu, keys, topk) if topk else None
+    out = []
     with torch.set_grad_enabled(grad):
-        attend = attention_form(form, anchors, cu, k, v, 0.3)
-        out = [attend(q, own if s else None) for s, (q, *own) in enumerate(steps)]
+        attend = attention_form(form, anchors, cu, k, v, 0.3, selection)
+        for s, (q, *own) in enumerate(steps):
+            if selection is not None:
+                sizes = (A, INDEX_HEADS, INDEX), (A, INDEX), (A, INDEX_HEADS)
+                selection.step(Index(*(torch.randn(size, generator=rng) for size in sizes)), own=s > 0)
+            out.append(attend(q, own if s else None))
     if not grad:
         return out
     inputs = [k, v, *(x for s, step in enumerate(steps) for x in (step if s else step[:1]))]
@@ -48,7 +58,8 @@ def batches():
         yield lengths, generator.choice([T, max(T // 2, 1), 1, generator.randint(1, T)]), i % 3 != 0, i
 
 
-def test_compiled_form_equals_the_plain_one_in_a_few_graphs(monkeypatch):
+@pytest.mark.parametrize("topk", [None, 9])
+def test_compiled_form_equals_the_plain_one_in_a_few_graphs(monkeypatch, topk):
     """On CPU the graphs run as captured, with the plain backward that flex attention refuses outside one."""
     torch._dynamo.reset()
     graphs = []
@@ -61,7 +72,7 @@ def test_compiled_form_equals_the_plain_one_in_a_few_graphs(monkeypatch):
     monkeypatch.setitem(attention.COMPILER, "cpu", capture)
     for batch in batches():
         given = problem(*batch)
-        found, expected = (run(form, *given, grad=batch[2]) for form in ("blocks", "whole"))
+        found, expected = (run(form, *given, grad=batch[2], topk=topk) for form in ("blocks", "whole"))
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
     # with and without gradients: one of the attention, one of the merge at each step but the first

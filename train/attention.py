@@ -20,7 +20,7 @@ from torch._dynamo import config as dynamo_config
 from torch.fx.experimental import _config as fx_config
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
-from train.indexer import Candidates, Index
+from train.indexer import Candidates, Index, Selection, choose, marked, scores
 
 __all__ = [
     "Attend",
@@ -90,7 +90,7 @@ def packed_sparse_attention(
             out.append(o[0].transpose(0, 1))
             continue
         for rows in candidates.chunks():
-            mask = candidates.chosen(q_index, w, rows)
+            mask = marked(choose(candidates.scores(q_index, w, rows), topk), len(candidates))
             o = F.scaled_dot_product_attention(qh[:, :, rows], kh, vh, attn_mask=mask, scale=scale)
             out.append(o[0].transpose(0, 1))
     return torch.cat(out)
@@ -108,6 +108,7 @@ def attend_dense(
     diagonal: Diagonal,
     *,
     visible_AT: Tensor,
+    kept_AS: Tensor | None = None,
     scale: float,
 ) -> Tensor:
     """The plain form of one step's attention: every anchor against every visible place and its own diagonal.
@@ -117,12 +118,17 @@ def attend_dense(
         k_THQ, v_THC: keys and values of step 0.
         diagonal: keys [A, H, Q] and values [A, H, C] of steps 1..s.
         visible_AT: bool, True where the anchor sees the place.
+        kept_AS: bool, True where it sees its own entry; everywhere by default.
         scale: factor of the logits.
     """
     T = len(k_THQ)
     q_HAQ = q_AHQ.transpose(0, 1)
     logits = [(q_HAQ @ k_THQ.permute(1, 2, 0)).float().masked_fill(~visible_AT, float("-inf"))]
-    logits += [_dot(q_AHQ, k).transpose(0, 1)[..., None] for k, _ in diagonal]
+    for r, (k, _) in enumerate(diagonal):
+        own_HA1 = _dot(q_AHQ, k).transpose(0, 1)[..., None]
+        logits.append(
+            own_HA1 if kept_AS is None else own_HA1.masked_fill(~kept_AS[:, r, None], float("-inf"))
+        )
     p = ((torch.cat(logits, -1) if diagonal else logits[0]) * scale).softmax(-1).to(v_THC.dtype)
     o_HAC = p[..., :T] @ v_THC.transpose(0, 1)
     for r, (_, v) in enumerate(diagonal):
@@ -130,7 +136,14 @@ def attend_dense(
     return o_HAC.transpose(0, 1)
 
 
-def _by_document(anchors: Tensor, cu_seqlens: Tensor, k_THQ: Tensor, v_THC: Tensor, scale: float) -> Attend:
+def _by_document(
+    anchors: Tensor,
+    cu_seqlens: Tensor,
+    k_THQ: Tensor,
+    v_THC: Tensor,
+    scale: float,
+    selection: Selection | None,
+) -> Attend:
     """`attend_dense` document by document: memory grows with the longest document, not with the batch."""
     bounds = cu_seqlens.tolist()
     lengths = cu_seqlens.diff().tolist()
@@ -151,34 +164,67 @@ def _by_document(anchors: Tensor, cu_seqlens: Tensor, k_THQ: Tensor, v_THC: Tens
             pieces = zip(own[0].split(counts), own[1].split(counts), strict=True)
             for (*_, diagonal), piece in zip(documents, pieces, strict=True):
                 diagonal.append(piece)
-        parts = [
-            attend_dense(rows, k, v, diagonal, visible_AT=visible, scale=scale)
-            for rows, (k, v, visible, diagonal) in zip(q.split(counts), documents, strict=True)
-            if len(rows)
-        ]
+        chosen = [None] * len(documents) if selection is None else selection.chosen
+        parts = []
+        for rows, (k, v, visible, diagonal), places in zip(q.split(counts), documents, chosen, strict=True):
+            own_kept = None
+            if places is not None:
+                visible, own_kept = marked(places, len(k) + len(diagonal)).tensor_split([len(k)], 1)
+            if len(rows):
+                seen = {"visible_AT": visible, "kept_AS": own_kept}
+                parts.append(attend_dense(rows, k, v, diagonal, **seen, scale=scale))
         return torch.cat(parts)
 
     return attend
 
 
-def _whole(anchors: Tensor, cu_seqlens: Tensor, k_THQ: Tensor, v_THC: Tensor, scale: float) -> Attend:
+def _whole(
+    anchors: Tensor,
+    cu_seqlens: Tensor,
+    k_THQ: Tensor,
+    v_THC: Tensor,
+    scale: float,
+    selection: Selection | None,
+) -> Attend:
     """`attend_dense` over the whole batch at once, [A, T] in memory: the reference."""
     starts = per_row(cu_seqlens[:-1], cu_seqlens, len(k_THQ))
     row = torch.arange(len(k_THQ), device=anchors.device)
     visible = (row <= anchors[:, None]) & (row >= starts[anchors][:, None])
     diagonal: Diagonal = []
+    own_index: list[Tensor] = []
 
     def attend(q: Tensor, own: tuple[Tensor, Tensor] | None) -> Tensor:
         if own is not None:
             diagonal.append(own)
-        return attend_dense(q, k_THQ, v_THC, diagonal, visible_AT=visible, scale=scale)
+        if selection is None:
+            return attend_dense(q, k_THQ, v_THC, diagonal, visible_AT=visible, scale=scale)
+        index = selection.index
+        if own is not None:
+            own_index.append(index.k_TI)
+        found = scores(index.q_AHI, index.w_AH, selection.k_TI).masked_fill(~visible, float("-inf"))
+        for k in own_index:
+            score_A = ((index.q_AHI.float() * k[:, None].float()).sum(-1).relu() * index.w_AH).sum(-1)
+            found = torch.cat((found, score_A[:, None]), -1)
+        kept = marked(choose(found.detach(), selection.topk), found.shape[-1])
+        seen = {"visible_AT": kept[:, : len(k_THQ)], "kept_AS": kept[:, len(k_THQ) :]}
+        return attend_dense(q, k_THQ, v_THC, diagonal, **seen, scale=scale)
 
     return attend
 
 
-def _merge(o_AHC: Tensor, lse_AH: Tensor, q_AHQ: Tensor, diagonal: Diagonal, scale: float) -> Tensor:
+def _merge(
+    o_AHC: Tensor,
+    lse_AH: Tensor,
+    q_AHQ: Tensor,
+    diagonal: Diagonal,
+    scale: float,
+    kept_AS: Tensor | None = None,
+) -> Tensor:
     """Join attention over step 0's keys, its log-sum-exp beside it, with the diagonal; in float32."""
-    logits = torch.stack([lse_AH, *(_dot(q_AHQ, k) * scale for k, _ in diagonal)])
+    own = [_dot(q_AHQ, k) * scale for k, _ in diagonal]
+    if kept_AS is not None:
+        own = [x.masked_fill(~kept_AS[:, r, None], float("-inf")) for r, x in enumerate(own)]
+    logits = torch.stack([lse_AH, *own])
     weights = logits.softmax(0)[..., None]
     out = weights[0] * o_AHC.float()
     for w, (_, v) in zip(weights[1:], diagonal, strict=True):
@@ -207,12 +253,42 @@ def _rows_padded(x: Tensor, rows: int) -> Tensor:
     return F.pad(x, (0, 0) * (x.dim() - 1) + (0, missing)) if missing else x
 
 
-def _by_blocks(anchors: Tensor, cu_seqlens: Tensor, k_THQ: Tensor, v_THC: Tensor, scale: float) -> Attend:
+def _words(selection: Selection, rows: int, keys: int) -> tuple[Tensor, Tensor]:
+    """What anchors keep: of step 0's keys, a bit each, int32 [rows, keys / 32]; of their own, bool [A, s]."""
+    device = selection.anchors.device
+    words = torch.full((rows, keys // 32), -1, dtype=torch.int32, device=device)
+    own = len(selection.documents[0][2].own)
+    kept = torch.ones(len(selection.anchors), own, dtype=torch.bool, device=device)
+    shifts = torch.arange(32, device=device)
+    for (mine, start, candidates), chosen in zip(selection.documents, selection.chosen, strict=True):
+        if chosen is None:
+            continue
+        for part in candidates.chunks():
+            bits = marked(chosen[part], len(candidates))
+            count = len(candidates.k_TI)
+            padded = F.pad(bits[:, :count], (start, keys - start - count))
+            packed = (padded.unflatten(1, (-1, 32)).long() << shifts).sum(-1)
+            place = slice(mine.start + part.start, mine.start + part.stop)
+            # two's complement: the highest bit is the sign
+            words[place] = torch.where(packed >= 1 << 31, packed - (1 << 32), packed).int()
+            kept[place] = bits[:, count:]
+    return words, kept
+
+
+def _by_blocks(
+    anchors: Tensor,
+    cu_seqlens: Tensor,
+    k_THQ: Tensor,
+    v_THC: Tensor,
+    scale: float,
+    selection: Selection | None,
+) -> Attend:
     """One fused kernel for step 0's keys; the diagonal joins through the log-sum-exp, in linear memory.
 
     Queries and keys are padded to whole blocks, at least two, and to more keys than queries, so that no batch
     has a shape that the compiler treats as a case of its own. Compiled are one graph with and one without
-    gradients of the attention, and two of the merge for each number of steps.
+    gradients of the attention, and two of the merge for each number of steps. What the indexer leaves out
+    loses its score, by a bit looked up, within the blocks that causality leaves.
     """
     T, A = len(k_THQ), len(anchors)
     rows = max(-(-A // BLOCK), 2) * BLOCK
@@ -231,11 +307,19 @@ def _by_blocks(anchors: Tensor, cu_seqlens: Tensor, k_THQ: Tensor, v_THC: Tensor
     diagonal: Diagonal = []
 
     def attend(q: Tensor, own: tuple[Tensor, Tensor] | None) -> Tensor:
-        q = _rows_padded(q, rows)
+        q, score_mod, kept_AS = _rows_padded(q, rows), None, None
+        if selection is not None:
+            words, kept_AS = _words(selection, rows, keys)
+
+            def score_mod(score: Tensor, b: Tensor, h: Tensor, a: Tensor, j: Tensor) -> Tensor:
+                bit = (words[a, j // 32] >> (j % 32)) & 1
+                return torch.where(bit == 1, score, float("-inf"))
+
         o, aux = flex(
             q.transpose(0, 1)[None],
             k_1HTQ,
             v_1HTC,
+            score_mod=score_mod,
             block_mask=mask,
             scale=scale,
             # few queries would take another kernel, a graph of its own
@@ -247,13 +331,20 @@ def _by_blocks(anchors: Tensor, cu_seqlens: Tensor, k_THQ: Tensor, v_THC: Tensor
             return o_AHC
         diagonal.append(own)
         # a single row is a case of its own to the compiler, and nothing to gain
-        return (merge if A > 1 else _merge)(o_AHC, lse_AH, q[:A], diagonal, scale)
+        join = merge if A > 1 else _merge
+        return join(o_AHC, lse_AH, q[:A], diagonal, scale, *([] if kept_AS is None else [kept_AS]))
 
     return attend
 
 
 def attention_form(
-    name: str | None, anchors: Tensor, cu_seqlens: Tensor, k_THQ: Tensor, v_THC: Tensor, scale: float
+    name: str | None,
+    anchors: Tensor,
+    cu_seqlens: Tensor,
+    k_THQ: Tensor,
+    v_THC: Tensor,
+    scale: float,
+    selection: Selection | None = None,
 ) -> Attend:
     """The attention of an unroll's steps; by default `blocks` on CUDA and `documents` elsewhere.
 
@@ -263,8 +354,9 @@ def attention_form(
         cu_seqlens: document boundaries, int32 [B+1].
         k_THQ, v_THC: keys and values of step 0.
         scale: factor of the logits.
+        selection: which keys each step keeps, `Selection.step` before `attend`; all by default.
     """
     if name is None:
         name = "blocks" if anchors.device.type == "cuda" else "documents"
     form = {"documents": _by_document, "blocks": _by_blocks, "whole": _whole}[name]
-    return form(anchors, cu_seqlens, k_THQ, v_THC, scale)
+    return form(anchors, cu_seqlens, k_THQ, v_THC, scale, selection)

@@ -107,6 +107,14 @@ class Attention(nn.Module):
         k_pe = k_pe_TR[:, None].expand(-1, dims.num_attention_heads, -1)
         return torch.cat((k_nope, k_pe), -1), v_THC
 
+    def up(self, like: Tensor) -> Tensor:
+        """What `kv_b_proj` makes of each number of a latent, [L, H, P + C], in the dtype of `like`.
+
+        Taken from its forward: only there is a partitioned weight whole.
+        """
+        eye = torch.eye(self.dims.kv_lora_rank, dtype=like.dtype, device=like.device)
+        return self.kv_b_proj(eye).unflatten(-1, (self.dims.num_attention_heads, -1))
+
     def output(self, o_THC: Tensor) -> Tensor:
         """Project the heads' results back to [T, D]."""
         return self.o_proj(o_THC.flatten(-2))

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from train.dims import Dims
 
-__all__ = ["Candidates", "Index", "Indexer", "choose", "rotary_half", "scores"]
+__all__ = ["Candidates", "Index", "Indexer", "Selection", "choose", "marked", "rotary_half", "scores"]
 
 # scores held at once, float32; the keys they are ordered by take as much again, twice
 HELD = 1 << 24
@@ -181,21 +181,74 @@ class Candidates:
         own = [(F.relu((q.float() * k[rows, None].float()).sum(-1)) * w).sum(-1) for k in self.own]
         return torch.cat((found, torch.stack(own, -1)), -1) if own else found
 
-    def chunks(self, held: int = HELD) -> Iterator[slice]:
+    def chunks(self) -> Iterator[slice]:
         """Rows whose scores may be held at a time."""
-        count = max(held // max(len(self), 1), 1)
+        count = max(HELD // max(len(self), 1), 1)
         for a in range(0, len(self.places_A), count):
             yield slice(a, min(a + count, len(self.places_A)))
 
     @torch.no_grad()
-    def chosen(self, q_AHI: Tensor, w_AH: Tensor, rows: slice) -> Tensor:
-        """Which candidates some queries keep, bool [c, T + own]; the own ones last."""
-        best = choose(self.scores(q_AHI, w_AH, rows), self.topk)
-        return marked(best, len(self))
+    def choose(self, q_AHI: Tensor, w_AH: Tensor) -> Tensor:
+        """What the queries keep: candidates as `choose` gives them, int32 [A, K], -1 for none.
+
+        Candidate T + r is the query's own key of step r + 1.
+        """
+        if self.all_kept:
+            every = torch.arange(len(self), dtype=torch.int32, device=q_AHI.device)
+            seen = (every <= self.places_A[:, None]) | (every >= len(self.k_TI))
+            return every.where(seen, -1)
+        best = [choose(self.scores(q_AHI, w_AH, rows), self.topk).int() for rows in self.chunks()]
+        return torch.cat(best)
 
 
 def marked(chosen_AK: Tensor, count: int) -> Tensor:
-    """Places from `choose` as bool [A, count]."""
-    # a place more takes what is none
+    """Candidates from `choose` as bool [A, count]."""
+    # one more takes what is none
     bits = torch.zeros(len(chosen_AK), count + 1, dtype=torch.bool, device=chosen_AK.device)
-    return bits.scatter_(1, chosen_AK.where(chosen_AK >= 0, count), True)[:, :count]
+    return bits.scatter_(1, chosen_AK.where(chosen_AK >= 0, count).long(), True)[:, :count]
+
+
+class Selection:
+    """The keys that the anchors of a packed batch keep, chosen anew at every step of an unroll.
+
+    Anchor i chooses at step s among the entries of step 0 at the places of its document up to i, and its own
+    entries of steps 1 to s, which compete like any other; it asks with its query of step s.
+
+    Args:
+        anchors: rows that ask, ascending int64 [A].
+        cu_seqlens: document boundaries, int32 [B+1].
+        k_TI: index keys of step 0.
+        topk: keys that a query keeps.
+
+    Attributes:
+        documents: of each document its anchors as a slice of all, its first row, its candidates.
+        chosen: of each document from `Candidates.choose`; None while it keeps all.
+    """
+
+    def __init__(self, anchors: Tensor, cu_seqlens: Tensor, k_TI: Tensor, topk: int) -> None:
+        self.anchors, self.k_TI, self.topk = anchors, k_TI, topk
+        self.documents: list[tuple[slice, int, Candidates]] = []
+        self.chosen: list[Tensor | None] = []
+        first = 0
+        counts = torch.searchsorted(anchors, cu_seqlens.long()).diff().tolist()
+        for count, start in zip(counts, cu_seqlens.tolist(), strict=False):
+            rows = slice(first, first + count)
+            first += count
+            places_A = anchors[rows] - start
+            # nobody looks beyond the last anchor
+            end = start + int(places_A[-1]) + 1 if count else start
+            self.documents.append((rows, start, Candidates(k_TI[start:end], places_A, topk)))
+
+    def step(self, index: Index, *, own: bool) -> None:
+        """Choose for the next step.
+
+        Args:
+            index: the step's queries and weights of all anchors, [A, ...], and their own keys [A, I].
+            own: whether there are own keys; not at step 0.
+        """
+        self.index, self.chosen = index, []
+        for rows, _, candidates in self.documents:
+            if own:
+                candidates.own.append(index.k_TI[rows])
+            kept = candidates.all_kept or rows.start == rows.stop
+            self.chosen.append(None if kept else candidates.choose(index.q_AHI[rows], index.w_AH[rows]))

@@ -3,8 +3,9 @@
 Faithful to vLLM 0.32.0 `model_executor/models/deepseek_mtp.py` and `deepseek_v2.py`, and to sglang 0.5.23
 `srt/models/deepseek_nextn.py`, which compute the same function. Deviations:
 
-1. Attention is dense. V3.2's sparse attention keeps the `index_topk` best keys of a query, so up to that many
-   tokens it keeps all of them and both are equal. The indexer's tensors are carried along, never used.
+1. The indexer scores in float32, the engines with queries and keys rounded to fp8; of equal scores the later
+   place counts as better, where the engines leave it to chance. sglang's draft steps do not see the own
+   entries of earlier ones.
 2. The router multiplies in float32; the engines may route in the model's dtype and differ on near ties.
 3. Nothing is quantised: served fp8 weights and activations round what is computed here.
 4. Attention is computed in its expanded form (keys and values per head), the engines' decode in the

@@ -28,7 +28,11 @@ import torch
 from torch import Tensor
 
 from train.attention import attention_form, per_row
+from train.blocks import Projected
 from train.eagle3 import Eagle3Layer
+from train.gather import absorbed, gather_form
+from train.index_loss import IndexLoss
+from train.indexer import Index, Selection
 from train.kernels.moe import weight_gradients_once
 from train.mtp import MTPLayer
 
@@ -84,6 +88,19 @@ def select(loss_mask: Tensor, cu_seqlens: Tensor, num_steps: int) -> Scored:
     return Scored(anchors, tokens, place, valid)
 
 
+def _index(
+    layer: MTPLayer | Eagle3Layer,
+    x_TD: Tensor,
+    made: Projected,
+    positions_T: Tensor,
+    rows_A: Tensor | None,
+    learns: bool,
+) -> Index:
+    """The layer's indexer, whose loss is its own: none reaches the layer through its inputs."""
+    with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+        return layer.self_attn.indexer(x_TD.detach(), made.compressed_AN.detach(), positions_T, rows_A)
+
+
 @weight_gradients_once()
 def unroll(
     layer: MTPLayer | Eagle3Layer,
@@ -93,8 +110,10 @@ def unroll(
     num_steps: int,
     mask_position_0: bool = True,
     *,
+    sparse: bool = False,
     anchors: Tensor | None = None,
     attention: str | None = None,
+    index_loss: IndexLoss | None = None,
 ) -> Tensor:
     """Run the served recursion over packed documents, tokens given.
 
@@ -106,9 +125,13 @@ def unroll(
         cu_seqlens: document boundaries, int32 [B+1], first 0, last T.
         num_steps: draft steps S.
         mask_position_0: zero the embedding joined at position 0, as vLLM does.
+        sparse: attend to the keys that the layer's indexer chooses, as served; without, to all of them, which
+            is the same in documents of at most `index_topk` + 2 tokens.
         anchors: rows to unroll, ascending int64 [A]; by default all of them.
-        attention: `documents` (plain, one document at a time), `blocks` (flex attention) or `whole` (plain,
-            the reference); by default `blocks` on CUDA and `documents` elsewhere.
+        attention: `documents` (plain, one document at a time), `blocks` (flex attention), `whole` (plain, the
+            reference) or, where it is sparse, `gather` (over latents); by default `blocks` on CUDA and
+            `documents` elsewhere. The same on all ranks: they run the same modules in the same order.
+        index_loss: adds up the loss that trains the indexer; without one no gradient reaches it.
 
     Returns:
         states [S, A, D]: row i of step s is the carried (post-norm) state that predicts token i+s+2; rows
@@ -129,20 +152,49 @@ def unroll(
     # step 0: keys of every place, the rest for anchors alone
     masked = positions == 0 if mask_position_0 else None
     carried = layer.start(hidden)
+    attn, scale, asked = layer.self_attn, layer.dims.softmax_scale, None if len(anchors) == T else anchors
     x_TD, attended_TD = layer.enter(tokens(every, 0), carried, masked)
-    made = layer.self_attn.project(attended_TD, positions)
-    k_THQ, v_THC = layer.self_attn.expand(made.latent_TL, made.k_pe_TR)
-    all_rows = len(anchors) == T
-    x_AD, q_AHQ = (x_TD, made.q_AHQ) if all_rows else (x_TD[anchors], made.q_AHQ[anchors])
-    attend = attention_form(attention, anchors, cu_seqlens, k_THQ, v_THC, layer.dims.softmax_scale)
+    indexed = sparse or index_loss is not None
+    # dense, queries are made of all tokens at once, as they were before there was an indexer, to the bit
+    made = attn.project(attended_TD, positions, asked if indexed else None)
+    selection = None
+    if indexed:
+        index = _index(layer, attended_TD, made, positions, asked, index_loss is not None)
+        keeps = sparse or (index_loss is not None and index_loss.over == "kept")
+        topk = layer.dims.index_topk if keeps else T + num_steps
+        selection = Selection(anchors, cu_seqlens, index.k_TI, topk)
+    x_AD, q_AHQ = (x_TD, made.q_AHQ) if asked is None else (x_TD[anchors], made.q_AHQ)
+    if asked is not None and not indexed:
+        q_AHQ = q_AHQ[anchors]
+    if attention == "gather":
+        if not sparse or selection is None:
+            raise ValueError("attention: found 'gather' with dense attention, expected sparse=True")
+        attend = gather_form(made.latent_TL, made.k_pe_TR, attn.up(x_TD), scale, selection)
+    else:
+        chosen = selection if sparse else None
+        k_THQ, v_THC = attn.expand(made.latent_TL, made.k_pe_TR)
+        attend = attention_form(attention, anchors, cu_seqlens, k_THQ, v_THC, scale, chosen)
+    if index_loss is not None:
+        with torch.no_grad():
+            up_LHW = attn.up(x_TD)
+        entries_TX = torch.cat((made.latent_TL, made.k_pe_TR), -1).detach()
     own: tuple[Tensor, Tensor] | None = None
     states: list[Tensor] = []
     for s in range(num_steps):
         if s:
             x_AD, attended_AD = layer.enter(tokens(anchors, s), carried)
-            made = layer.self_attn.project(attended_AD, positions[anchors] + s)
-            q_AHQ, own = made.q_AHQ, layer.self_attn.expand(made.latent_TL, made.k_pe_TR)
-        x_AD = x_AD + layer.self_attn.output(attend(q_AHQ, own))
+            made = attn.project(attended_AD, positions[anchors] + s)
+            q_AHQ, own = made.q_AHQ, (made.latent_TL, made.k_pe_TR)
+            if indexed:
+                index = _index(layer, attended_AD, made, positions[anchors] + s, None, index_loss is not None)
+        if selection is not None:
+            selection.step(index, own=s > 0)
+            if index_loss is not None:
+                q_AHX = absorbed(q_AHQ.detach(), up_LHW, entries_TX.shape[1])
+                index_loss.add(selection, q_AHX, entries_TX, own and torch.cat(own, -1), scale)
+        if own is not None and attention != "gather":
+            own = attn.expand(*own)
+        x_AD = x_AD + attn.output(attend(q_AHQ, own))
         x_AD = x_AD + layer.mlp(layer.post_attention_layernorm(x_AD))
         state_AD, carried = layer.leave(x_AD)
         states.append(state_AD)
