@@ -9,7 +9,6 @@ import time
 
 import pytest
 
-from configs.files import write_json
 from configs.load import settings
 from pipeline.__main__ import main
 from tests.stores import write_store
@@ -67,28 +66,6 @@ def test_make_passes_run_directories_of_any_name():
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert """'run.dir="runs/a b"'""" in done.stdout
     assert 'report "runs/a b"' in done.stdout
-
-
-def test_the_report_tells_sources_apart(capsys, tmp_path):
-    write_json(tmp_path / "dump.json", {"loop_share_by_source": {"docs": 0.0312, "given": None}})
-    one = {"acceptance_length": 2.5, "acceptance_per_position": [0.8], "documents": 3}
-    row = one | {"num_steps": 1, "temperature": 0}
-    by_source = [row | {"source": "docs"}, row | {"source": "web", "acceptance_length": 1.75}]
-    write_json(tmp_path / "evaluate.best.json", one | {"by_source": by_source})
-    assert run(capsys, "report", str(tmp_path))[0] == 0
-    page = (tmp_path / "report.html").read_text()
-    for cells in (("docs", "3.1%"), ("best", "web", "3", "1.750")):
-        assert "".join(f"<td>{cell}</td>" for cell in cells) in page
-
-
-def test_the_report_shows_speed_over_http(capsys, tmp_path):
-    speed = {"output_tokens_per_second": 1234.5, "mean_ms_per_token": 6.7, "ratio": 1.8}
-    found = {"draft": "trained", "concurrency": 16, "acceptance_length": 2.9, **speed}
-    write_json(tmp_path / "serving.json", {"runs": [found]})
-    assert run(capsys, "report", str(tmp_path))[0] == 0
-    page = (tmp_path / "report.html").read_text()
-    for cell in ("trained, 16 at a time", "1,234.5", "6.7", "2.90", "1.80"):
-        assert f"<td>{cell}</td>" in page
 
 
 @pytest.mark.parametrize("name", ["verify.json", "serving.json", "evaluate.best.json", "summary.json"])
