@@ -69,6 +69,7 @@ __all__ = [
     "VERIFICATION",
     "VERIFY_WORK",
     "WEIGHTS",
+    "begun_parts",
     "clean",
     "committed",
     "directory",
@@ -148,6 +149,11 @@ def dump_figures(run_dir: Path, worker: str) -> Path:
 def dump_lock(run_dir: Path, worker: str) -> Path:
     """Held by the dump of `dump.worker` k/n while it runs an engine."""
     return Path(run_dir) / f"dump.{worker.replace('/', '-of-')}.lock"
+
+
+def begun_parts(run_dir: Path, worker: str) -> Path:
+    """Names of the parts that the dump of `dump.worker` k/n has begun, one a line, until it ends well."""
+    return Path(run_dir) / f"dump.{worker.replace('/', '-of-')}.parts"
 
 
 def verb_lock(run_dir: Path, verb: str) -> Path:

@@ -347,8 +347,16 @@ class ServeConfig(Section):
     """Passed to `vllm serve` untouched; `max_model_len = 8192` becomes `--max-model-len 8192`."""
 
 
-# a dump steps each engine by itself, and the data-parallel ranks of one would have to step together
-DATA_PARALLEL = "data_parallel_"
+# settings of vLLM that an engine of a dump cannot have, by how their names begin, and why
+NOT_IN_A_DUMP = {
+    # a dump steps each engine by itself, and the data-parallel ranks of one would have to step together
+    "data_parallel_": "cannot be data-parallel",
+    # the rank that writes would hold the states of some tokens only
+    **dict.fromkeys(
+        ("decode_context_parallel_", "prefill_context_parallel_", "dcp_", "cp_kv_cache_"),
+        "cannot divide a document's tokens over ranks",
+    ),
+}
 
 # keys of the pass-through tables that another setting decides
 OWNED: dict[str, frozenset[str]] = {
@@ -412,9 +420,10 @@ class RunConfig(Section):
                 "prompts.thinking = 'both' needs the target's answers: prompts.answers = 'given'"
             )
         for name in sorted(self.dump.vllm):
-            if name.startswith(DATA_PARALLEL):
+            why = next((w for start, w in NOT_IN_A_DUMP.items() if name.startswith(start)), None)
+            if why is not None:
                 raise ValueError(
-                    f"dump.vllm.{name}: an engine of a dump cannot be data-parallel; give it GPUs with"
+                    f"dump.vllm.{name}: an engine of a dump {why}; give it GPUs with"
                     " dump.tensor_parallel_size, and start several with dump.worker or dump.ray"
                 )
         for table, owned in OWNED.items():

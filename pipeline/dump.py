@@ -361,7 +361,13 @@ def _capture(
     if not config.dump.ray:
         log("dump", f"starting vLLM, see {settings.log}")
     objects = open_objects(config.store_path)
+    begun = run_dir.begun_parts(config.run.dir, config.dump.worker)
+    earlier = begun.read_text().split() if begun.exists() else []
     leftovers = _leftovers(objects)
+    # of a killed run, whose parts may never come again: what is left to do may be cut in another way by now
+    for name in earlier:
+        for directory in leftovers.pop(name, ()):
+            objects.delete(directory)
     waiting = len(work.left)
     names: set[str] = set()
     taken: dict[str, int] = {}  # documents of a part
@@ -369,9 +375,11 @@ def _capture(
     def handed_out() -> Iterator[Part]:
         nonlocal waiting
         for part in parts:
-            # of a killed run, and of a part that nobody else works on: this run directory is locked
+            # of a part that nobody else works on: this run directory is locked
             for directory in leftovers.get(part.name, ()):
                 objects.delete(directory)
+            with open(begun, "a") as file:
+                file.write(part.name + "\n")
             waiting -= len(part.documents)
             names.add(part.name)
             taken[part.name] = len(part.documents)
@@ -409,6 +417,7 @@ def _capture(
         for name, directories in _leftovers(objects).items():  # of engines that died on the way
             for directory in directories if name in names else ():
                 objects.delete(directory)
+        begun.unlink(missing_ok=True)
     finally:
         captured.start_seconds = session.start_seconds
         session.close()

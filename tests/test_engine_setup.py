@@ -65,9 +65,16 @@ def test_a_start_waits_until_the_gpus_have_the_memory_that_was_promised():
     assert gpu.wait_for_memory(lambda: [0.1], {"gpu_memory_utilization": 0.05}, patience_s=0)
 
 
-def test_data_parallel_ranks_are_refused_by_name(monkeypatch):
+def test_data_parallel_ranks_and_those_that_divide_a_document_are_refused_by_name(monkeypatch):
+    from vllm.engine.arg_utils import EngineArgs
+
     with pytest.raises(ConfigError, match=r"dump\.vllm\.data_parallel_size: .*cannot be data-parallel"):
         load_config([], ["dump.vllm.data_parallel_size=8"])
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size", "dcp_comm_backend"):
+        assert name in EngineArgs.__dataclass_fields__, "vLLM calls it something else now"
+        expected = rf"dump\.vllm\.{name}: .*tokens over ranks; .*dump\.tensor_parallel_size"
+        with pytest.raises(ConfigError, match=expected):
+            load_config([], [f"dump.vllm.{name}=2"])
     gpu.refuse_data_parallel()
     monkeypatch.setenv("VLLM_DP_SIZE", "8")
     with pytest.raises(ConfigError, match="VLLM_DP_SIZE is 8"):

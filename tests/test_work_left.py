@@ -2,14 +2,16 @@
 
 import json
 import random
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pytest
 
+from configs import run_dir
 from configs.errors import BadStatesError, CaptureError, StoreCorruptError, StoreError
 from configs.load import load_config
-from featurestore import held_documents, open_store, publish, rebuild, verify
+from featurestore import StoreWriter, held_documents, open_store, publish, rebuild, verify
 from featurestore.layout import dump_json, seal
 from pipeline.capture import session
 from pipeline.dump import plan, run
@@ -78,6 +80,35 @@ def test_an_inserted_line_captures_one_document_and_nothing_else_does_any(config
     ):
         engine.taken.clear()
         assert run(other)["captured_documents"] == len(engine.taken) == 0
+
+
+def test_what_a_killed_run_was_writing_is_removed_though_its_parts_are_cut_anew(config, engine):
+    run(config)
+    lines = questions(COUNT + 20)
+    set_lines(config, lines)
+    engine.dies_at, engine.deaths = 1, 2
+    with pytest.raises(CaptureError, match="the engine ended"):
+        run(config)
+    store = open_store(config.store_path)
+    committed = {p["name"] for p in store.manifest["parts"]}
+    (name,) = set(run_dir.begun_parts(config.run.dir, "1/1").read_text().split())
+    assert name not in committed
+    for part in (name, "ffffffffffffffff"):  # of the run that ended, and of a machine that is still at it
+        writer = StoreWriter(config.store_path, store.contract, part=part)
+        states = np.zeros((3, *store[0].hidden.shape[1:]), np.uint16)
+        writer.append(1, np.zeros(3, np.uint32), np.ones(3, np.uint8), states)
+    folder = Path(config.store_path) / "parts"
+    assert len([p for p in folder.iterdir() if p.name.startswith(name)]) == 1
+    set_lines(config, [{"messages": [{"role": "user", "content": "And what is new?"}]}, *lines])
+    assert run(config)["captured_documents"] == 21
+    there = {p.name.partition(".")[0] for p in folder.iterdir()}
+    assert name not in there
+    assert "ffffffffffffffff" in there
+    store = open_store(config.store_path)
+    assert committed <= there
+    assert sorted(store.uid.tolist()) == sorted(uids_of(config))
+    assert store.verify() == []
+    assert not run_dir.begun_parts(config.run.dir, "1/1").exists()
 
 
 def test_workers_do_their_own_documents_and_the_manifest_says_what_is_missing(config, engine):
