@@ -3,11 +3,12 @@
 Capture on and off: an engine with our connector takes the sample conversations into a store, and the same
 engine without it answers the same prompts through `LLM.generate`; at hidden size 256 the target writes the
 answers, at 7,168 (two layers, few experts) they are given, so that a token costs little and its state much.
-Both engines are there all the time and take turns; a figure is the median over rounds.
+Both engines are there all the time and take turns, in short rounds for two minutes, the one that was second
+going first in the next round; a figure is the median over rounds.
 
 How busy the engine is: answers of mixed length, one part at a time, several, and everything at once.
 
-Prints a table and, as its last line, one JSON object.
+All of it takes about eight minutes. Prints a table and, as its last line, one JSON object.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from configs.progress import log
 from configs.provenance import versions
 from configs.schema import PromptsConfig, RunConfig, TinyConfig
 from configs.target import target_config
@@ -41,6 +43,7 @@ from pipeline.view import make_view
 
 LENGTH, ANSWER = 512, 128
 SEQUENCES = 32  # of the engine whose occupancy is measured; a part has as many documents
+PART = 32  # documents of a part where capture is on
 WIDE = {"hidden_size": 7168, "num_hidden_layers": 2, "n_routed_experts": 8, "moe_intermediate_size": 64}
 WIDE |= {
     "num_experts_per_tok": 2,
@@ -131,15 +134,22 @@ class Both:
         self._ours, theirs = multiprocessing.Pipe()
         self._plain = child.start(plain, (engine, theirs), "plain", ENVIRONMENT | CPU_ENVIRONMENT)
         theirs.close()
-        self._parts = 0
+        self._rounds = 0
 
-    def capture(self, documents: Sequence[Document]) -> tuple[PartResult, float]:
-        """Take the documents as one part; what came of it, and seconds."""
-        self._parts += 1
-        part = Part(f"part-{self._parts}", tuple(documents))
+    def capture(self, documents: Sequence[Document]) -> tuple[list[PartResult], float]:
+        """Take the documents in parts that are all open at once; what came of them, and seconds."""
+        self._rounds += 1
+        parts = [
+            Part(f"round-{self._rounds}-{i}", tuple(documents[i : i + PART]))
+            for i in range(0, len(documents), PART)
+        ]
+        self._session.settings = replace(self._session.settings, open_parts=len(parts))
         started = time.monotonic()
-        (result,) = self._session.run([part])
-        return result, time.monotonic() - started
+        results = list(self._session.run(parts))
+        seconds = time.monotonic() - started
+        for directory in Path(self._session.settings.store, "parts").iterdir():
+            shutil.rmtree(directory)
+        return results, seconds
 
     def generate(self, documents: Sequence[Document]) -> tuple[int, float]:
         """Answer them without states: tokens and seconds."""
@@ -153,27 +163,42 @@ class Both:
         self._session.close(5)
 
 
-def on_off(engine: EngineSettings, documents: Sequence[Document], warm: int, rounds: int) -> dict[str, float]:
-    """Tokens a second with and without capture, and the median of their ratio over rounds."""
+def on_off(engine: EngineSettings, documents: Sequence[Document], seconds: float) -> dict[str, float]:
+    """Tokens a second with and without capture, and the median of their ratio over rounds.
+
+    Args:
+        engine: of both.
+        documents: what each takes in a round.
+        seconds: rounds go on until then.
+    """
     both = Both(engine)
+    on, off, busy, megabytes = [], [], [], []
     try:
-        both.capture(documents[:warm])
-        both.generate(documents[:warm])
-        on, off, ratio, busy = [], [], [], []
-        for _ in range(rounds):
-            result, seconds = both.capture(documents[warm:])
-            tokens, without = both.generate(documents[warm:])
-            on.append(result.tokens / seconds)
+        both.capture(documents)
+        both.generate(documents)
+        end = time.monotonic() + seconds
+        while not on or time.monotonic() < end:
+            if len(on) % 2:
+                tokens, without = both.generate(documents)
+            results, taken = both.capture(documents)
+            if len(on) % 2 == 0:
+                tokens, without = both.generate(documents)
+            on.append(sum(r.tokens for r in results) / taken)
             off.append(tokens / without)
-            ratio.append(on[-1] / off[-1])
-            busy.append(result.writer_seconds / seconds)
+            busy.append(sum(r.writer_seconds for r in results) / taken)
+            megabytes.append(sum(r.bytes for r in results) / taken / 1e6)
+            log("bench", f"round {len(on)}: {on[-1]:,.0f} tokens/s with capture, {off[-1]:,.0f} without")
     finally:
         both.close()
+    ratios = [a / b for a, b in zip(on, off, strict=True)]
     return {
         "tokens_per_second_on": round(statistics.median(on), 1),
         "tokens_per_second_off": round(statistics.median(off), 1),
-        "on_off": round(statistics.median(ratio), 4),
-        "state_mb_per_second": round(result.bytes / seconds / 1e6, 2),
+        "on_off": round(statistics.median(ratios), 4),
+        "on_off_least": round(min(ratios), 4),
+        "on_off_most": round(max(ratios), 4),
+        "rounds": len(on),
+        "state_mb_per_second": round(statistics.median(megabytes), 2),
         "writers_busy": round(statistics.median(busy), 4),
     }
 
@@ -222,10 +247,10 @@ def _run(session: Session, documents: Sequence[Document], size: int) -> Iterator
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="64 conversations instead of 256, one round")
+    parser.add_argument("--quick", action="store_true", help="fewer conversations, one round")
     parser.add_argument("--target", type=Path, help="a target directory; an untrained tiny one by default")
     arguments = parser.parse_args()
-    count, warm, rounds = (64, 8, 1) if arguments.quick else (256, 32, 5)
+    count, seconds = (32, 0) if arguments.quick else (96, 120)
     folder = Path(tempfile.mkdtemp(prefix="layer61-bench-"))
     results: dict[str, Any] = {}
     try:
@@ -237,20 +262,18 @@ def main() -> None:
             path=Path("data/conversations.jsonl"),
             max_length=LENGTH,
             max_answer_tokens=ANSWER,
-            limit=count + warm + 64,
+            limit=3 * count,
             temperature=0,
         )
         prompts = load_prompts(asked, narrow)
-        documents = prompts.documents[: count + warm]
-        results["answers"] = on_off(
-            settings(narrow, folder / "answers", prompts, 128), documents, warm, rounds
-        )
+        engine = settings(narrow, folder / "answers", prompts, 128)
+        results["answers"] = on_off(engine, prompts.documents[:count], seconds)
         engine = settings(narrow, folder / "busy", prompts, SEQUENCES)
-        results["busy"] = occupancy(engine, [d for d in prompts.documents if len(d.input_ids) >= 48][:count])
-        prompts = load_prompts(asked.model_copy(update={"answers": "given", "limit": 3 * count}), wide)
-        documents = prompts.documents[: count // 2 + warm]
+        mix = [d for d in prompts.documents if len(d.input_ids) >= 48][: 2 * count]
+        results["busy"] = occupancy(engine, mix)
+        prompts = load_prompts(asked.model_copy(update={"answers": "given"}), wide)
         engine = settings(wide, folder / "given", prompts, 128)
-        results["given, hidden size 7168"] = on_off(engine, documents, warm, rounds)
+        results["given, hidden size 7168"] = on_off(engine, prompts.documents[: count // 3], seconds)
         hidden = target_config(narrow)["hidden_size"]
     finally:
         shutil.rmtree(folder)

@@ -1,16 +1,19 @@
-"""A million documents: `python -m benchmarks.million [--documents N] [--jsonl]`.
+"""A million documents: `python -m benchmarks.million [--documents N] [--messages]`.
 
-Writes documents of 100 ready tokens, Parquet or JSONL, and plans them: every one is read, checked and
-numbered. Then a generator feeds the writers of a dump with states of 16 values, and what a dump does at its
+Writes documents of 100 ready tokens, as Parquet and as JSONL, and plans them: every one is read, checked and
+numbered. With `--messages` also questions and answers of about as many tokens, which are rendered and
+tokenised. Then a generator feeds the writers of a dump with states of 16 values, and what a dump does at its
 start and at its end is timed: find what is left to do, in the parts alone and in a published store, and
 publish. Runs without an engine. Prints a table and, as its last line, one JSON object.
 """
 
 import argparse
 import json
+import multiprocessing
 import resource
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from configs.progress import log
 from configs.provenance import versions
 from configs.schema import PromptsConfig, TinyConfig
 
@@ -26,6 +30,7 @@ TOKENS = 100
 WIDTH = 16
 PART, OPEN_PARTS = 256, 3  # documents of a part, parts at a time
 ROWS = 50_000
+LETTERS = 170  # of a question, and of an answer: about 100 tokens in all
 
 
 def write_documents(path: Path, count: int, vocab_size: int) -> None:
@@ -58,20 +63,59 @@ def write_documents(path: Path, count: int, vocab_size: int) -> None:
         writer.close()
 
 
+def write_messages(path: Path, count: int) -> None:
+    """`count` questions and answers, cut from the sample conversations."""
+    from pipeline.conversations import Conversation, read_conversations
+
+    found = read_conversations(Path("data/conversations.jsonl"), "given")
+    text = "\n".join(m["content"] for c in found if isinstance(c, Conversation) for m in c.messages)
+    text = text.replace("<think>", "").replace("</think>", "")
+    starts = np.random.default_rng(2).integers(0, len(text) - 2 * LETTERS, count)
+    with open(path, "w") as lines:
+        for i, start in enumerate(starts.tolist()):
+            question, answer = text[start : start + LETTERS], text[start + LETTERS : start + 2 * LETTERS]
+            messages = [{"role": "user", "content": f"{i}: {question}"}]
+            messages.append({"role": "assistant", "content": answer})
+            lines.write(json.dumps({"messages": messages}) + "\n")
+
+
 def measure_plan(path: Path, target: Path, count: int) -> dict[str, Any]:
     """Read, check and number every document; seconds of the wall and of this process, largest memory."""
     from pipeline.prompts import load_prompts
 
-    config = PromptsConfig(path=path, answers="given", max_length=TOKENS, max_answer_tokens=1)
+    longest = 4 * TOKENS if path.stem == "messages" else TOKENS
+    config = PromptsConfig(path=path, answers="given", max_length=longest, max_answer_tokens=1)
     started, busy = time.monotonic(), time.process_time()
     prompts = load_prompts(config, target)
     assert len(prompts.documents) == count
     return {
-        "documents": count,
-        "plan_seconds": round(time.monotonic() - started, 2),
-        "plan_cpu_seconds": round(time.process_time() - busy, 2),
+        "input_bytes": path.stat().st_size,
+        "tokens": prompts.tokens,
+        "seconds": round(time.monotonic() - started, 2),
+        "cpu_seconds": round(time.process_time() - busy, 2),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+
+
+def measure_plans(folder: Path, count: int, messages: bool) -> dict[str, Any]:
+    """Plan the same number of documents of each kind, each in a process of its own."""
+    from pipeline.tiny.write import random_checkpoint
+
+    target = random_checkpoint(folder / "target", TinyConfig())
+    result: dict[str, Any] = {}
+    for name in ("tokens.parquet", "tokens.jsonl", *["messages.jsonl"] * messages):
+        path = folder / name
+        if path.stem == "messages":
+            write_messages(path, count)
+        else:
+            write_documents(path, count, 512)
+        log("bench", f"planning {name}")
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=spawn) as process:
+            found = process.submit(measure_plan, path, target, count).result()
+        result |= {f"plan {name}: {key}": value for key, value in found.items()}
+        path.unlink()
+    return result
 
 
 def measure_store(folder: Path, uids: np.ndarray) -> dict[str, Any]:
@@ -134,26 +178,22 @@ def _finish(writers: Any, name: str, count: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--documents", type=int, default=1_000_000)
-    parser.add_argument("--jsonl", action="store_true", help="JSONL in place of Parquet")
+    parser.add_argument("--messages", action="store_true", help="plan text as well")
     arguments = parser.parse_args()
-    from pipeline.tiny.write import random_checkpoint
-
     with tempfile.TemporaryDirectory(prefix="layer61-million-") as folder:
-        tiny = TinyConfig()
-        target = random_checkpoint(Path(folder) / "target", tiny)
-        path = Path(folder) / ("documents.jsonl" if arguments.jsonl else "documents.parquet")
-        write_documents(path, arguments.documents, 512)
-        result = measure_plan(path, target, arguments.documents)
-        result["input_bytes"] = path.stat().st_size
-        path.unlink()
+        result = measure_plans(Path(folder), arguments.documents, arguments.messages)
         uids = np.unique(np.random.default_rng(1).integers(0, 1 << 63, arguments.documents, np.uint64))
         result |= measure_store(Path(folder), uids)
-        result["peak_rss_bytes_of_all"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        result["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     table = Table("", "measured", title=f"{arguments.documents:,} documents of {TOKENS} tokens")
     for name, value in result.items():
         table.add_row(name, f"{value:,}")
     Console().print(table)
-    print(json.dumps({"benchmark": "million", **result, "versions": versions()}))
+    print(
+        json.dumps(
+            {"benchmark": "million", "documents": arguments.documents, **result, "versions": versions()}
+        )
+    )
 
 
 if __name__ == "__main__":

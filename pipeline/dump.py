@@ -330,9 +330,9 @@ def _write_rejects(config: RunConfig, prompts: Prompts, rejected: dict[int, str]
     """Write down the conversations that are no documents, then those whose documents are bad."""
     bad = np.fromiter(rejected, np.uint64, len(rejected))
     found = []
-    for i in np.flatnonzero(np.isin(prompts.documents.uids, bad)):
-        document = prompts.documents[int(i)]
-        found.append(Reject(document.file, document.line, document.name, rejected[document.uid]))
+    for i, uid in prompts.documents.places(bad):
+        document = prompts.documents[i]
+        found.append(Reject(document.file, document.line, document.name, rejected[uid]))
     write_rejects(config.run.dir / run_dir.REJECTS, [*prompts.rejects, *found])
 
 

@@ -224,6 +224,26 @@ class Documents(Sequence[Document]):
         """uids of the documents that later turns become, uint64, in no order."""
         return np.frombuffer(self._turn_uids.flat, np.uint64)
 
+    def places(self, uids: np.ndarray) -> list[tuple[int, int]]:
+        """Where documents with one of the uids, or with one among those of their later turns, stand.
+
+        Args:
+            uids: uint64, in any order; others are no error.
+
+        Returns:
+            (place, uid) of each, in order of places.
+        """
+        assert self._kept is not None
+        found = [(int(i), int(self.uids[i])) for i in np.flatnonzero(np.isin(self.uids, uids))]
+        later = self.later_uids
+        hits = np.flatnonzero(np.isin(later, uids))
+        rows = np.searchsorted(np.cumsum(self._turn_uids.lengths()), hits, side="right")
+        for row, hit in zip(rows.tolist(), hits.tolist(), strict=True):
+            i = int(np.searchsorted(self._kept, row))
+            if i < len(self) and self._kept[i] == row:  # else it is left out, for another asks the same
+                found.append((i, int(later[hit])))
+        return sorted(found)
+
     def __len__(self) -> int:
         return 0 if self._kept is None else len(self._kept)
 

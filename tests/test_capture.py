@@ -79,7 +79,14 @@ def settings(view: Path, folder: Path, dtype: str) -> EngineSettings:
     )
 
 
-def drive(view: Path, folder: Path, dtype: str, given: list[Document], asked: list[Document]) -> None:
+def drive(
+    view: Path,
+    folder: Path,
+    dtype: str,
+    given: list[Document],
+    asked: list[Document] = (),
+    reasoned: list[Document] = (),
+) -> None:
     """Body of a process: capture given and written answers, and save what the routers chose for the given."""
     output = os.open(folder / "engine.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
@@ -124,6 +131,7 @@ def drive(view: Path, folder: Path, dtype: str, given: list[Document], asked: li
     assert (result.documents, result.rejected) == (len(asked), {})
     publish(engine.settings.store)
     np.savez(folder / "probe.npz", states=engine.probe(given[0].input_ids), stop=stop)
+    reason(engine, folder, reasoned)
 
     engine.settings = replace(engine.settings, store=str(folder / "broken"))
     # one document comes back as another one than was sent, and one with a state that is not finite
@@ -143,6 +151,35 @@ def drive(view: Path, folder: Path, dtype: str, given: list[Document], asked: li
         capture(engine, "broken", given)
     except BadStatesError as error:
         (folder / "broken.txt").write_text(str(error))
+
+
+def reason(engine: Engine, folder: Path, documents: list[Document]) -> None:
+    """Capture conversations with reasoning turn by turn, then all of each document as if it were given."""
+    think = int(documents[0].input_ids[-1])
+    engine.settings = replace(engine.settings, store=str(folder / "long"), turns=turns(()))
+    engine._stop = frozenset()
+    capture(engine, "long", documents)
+    publish(engine.settings.store)
+    longer = next(d for d in documents if d.turns)
+    answer = by_uid(folder / "long")[longer.uid].input_ids[len(longer.input_ids) :].tolist()
+    # the untrained target writes no marks: two tokens of its answer pass for them, where it has so many
+    end_think, stop = answer[0], next(t for t in reversed(answer) if t != answer[0])
+    marks = Turns(think, end_think, (stop,), LENGTH, ANSWER)
+    engine.settings = replace(engine.settings, store=str(folder / "reasoned"), turns=marks)
+    engine._stop = frozenset((stop,))
+    result = capture(engine, "reasoned", documents)
+    assert isinstance(result, PartResult)
+    publish(engine.settings.store)
+    stored = by_uid(folder / "reasoned")
+    assert (result.documents, result.rejected) == (len(stored), {})
+    whole = [
+        Document(uid, np.asarray(d.input_ids, np.uint32), ((0, None),), 0, "", 0, "", "")
+        for uid, d in stored.items()
+    ]
+    engine.settings = replace(engine.settings, store=str(folder / "again"))
+    capture(engine, "again", whole)
+    publish(engine.settings.store)
+    np.savez(folder / "marks.npz", end_think=end_think, stop=stop)
 
 
 def capture(engine: Engine, name: str, documents: list[Document]) -> PartResult | Refused:
@@ -172,14 +209,15 @@ def documents(conversations_file, tiny_checkpoint) -> dict[str, list[Document]]:
         config = PromptsConfig(path=conversations_file, max_length=LENGTH, max_answer_tokens=ANSWER, **values)
         return sorted(load_prompts(config, tiny_checkpoint).documents, key=lambda d: len(d.input_ids))
 
-    return {"given": load(answers="given"), "asked": load(answers="target")}
+    every = load(answers="every", thinking="on")
+    return {"given": load(answers="given"), "asked": load(answers="target"), "reasoned": every}
 
 
-def captured(view: Path, folder: Path, dtype: str, given: list[Document], asked: list[Document]) -> Path:
+def captured(view: Path, folder: Path, dtype: str, **documents: list[Document]) -> Path:
     os.environ |= {k: v for k, v in ENVIRONMENT.items() if k not in os.environ}
     try:
         process = multiprocessing.get_context("spawn").Process(
-            target=drive, args=(view, folder, dtype, given, asked)
+            target=drive, args=(view, folder, dtype), kwargs=documents
         )
         process.start()
         process.join()
@@ -198,7 +236,7 @@ def bfloat16(tmp_path_factory, view, documents) -> Path:
 
 @pytest.fixture(scope="module")
 def float32(tmp_path_factory, view, documents) -> Path:
-    return captured(view, tmp_path_factory.mktemp("fp32"), "float32", documents["given"], [])
+    return captured(view, tmp_path_factory.mktemp("fp32"), "float32", given=documents["given"])
 
 
 def by_uid(path: Path) -> dict[int, object]:
@@ -322,6 +360,35 @@ def test_each_answer_of_a_conversation_is_written_in_the_context_of_earlier_ones
         # computed at once here and token by token there: a router may choose otherwise now and then
         again, before = whole.hidden[: len(first)], stopped[asked.uid].hidden
         check_states(again.view(torch.uint16).numpy(), before.view(torch.uint16).numpy(), "the engine's log")
+    assert went_on > 0
+
+
+def test_each_turn_with_reasoning_is_a_document_whose_context_holds_no_earlier_reasoning(documents, bfloat16):
+    """As a server shows earlier answers to the target: from the end of their reasoning on."""
+    marks = np.load(bfloat16 / "marks.npz")
+    end_think, stop = int(marks["end_think"]), int(marks["stop"])
+    stored, again = by_uid(bfloat16 / "reasoned"), by_uid(bfloat16 / "again")
+    went_on, expected = 0, set()
+    for asked in documents["reasoned"]:
+        prompt, later = asked.input_ids.tolist(), zip(asked.turns, asked.turn_uids, strict=True)
+        uid = asked.uid
+        while True:
+            expected.add(uid)
+            found = stored[uid]
+            assert found.input_ids[: len(prompt)].tolist() == prompt
+            answer = found.input_ids[len(prompt) :].tolist()
+            assert 0 < len(answer) <= ANSWER
+            assert stop not in answer[:-1]
+            assert found.loss_mask.tolist() == [False] * len(prompt) + [True] * len(answer)
+            states, once = (d.hidden.view(torch.uint16).numpy() for d in (found, again[uid]))
+            check_states(states, once, "the engine's log")
+            following = next(later, None)
+            if following is None or answer[-1] != stop or end_think not in answer:
+                break
+            went_on += 1
+            prompt = [*prompt[:-1], *answer[answer.index(end_think) :], *following[0].tolist()]
+            uid = following[1]
+    assert stored.keys() == expected
     assert went_on > 0
 
 

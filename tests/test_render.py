@@ -254,6 +254,20 @@ def test_with_reasoning_each_turn_is_a_document_without_the_earlier_reasoning(na
     assert next_turn(document, tokenizer.encode(END, add_special_tokens=False), prompts.turns) is None
 
 
+def test_a_later_turn_that_is_rejected_is_found_where_its_conversation_stands(load, tiny_checkpoint):
+    def turns(question: str) -> dict:
+        return {
+            "messages": [user(question), answer("x", "r"), user("Two?"), answer("y", "r"), user("Three?")]
+        }
+
+    records = [{"messages": [user("a")]}, turns("One?"), turns("One?"), turns("Other?")]
+    found = load(tiny_checkpoint, *records, answers="every", thinking="on").documents
+    first, _, last = found
+    wanted = [last.turn_uids[1], first.uid, 7, last.turn_uids[0]]
+    places = [(0, first.uid), *((2, uid) for uid in sorted(last.turn_uids))]
+    assert found.places(np.array(wanted, np.uint64)) == places
+
+
 def test_a_conversation_ends_where_an_answer_does_not_or_no_room_is_left(load, tiny_checkpoint):
     file = [user("One?"), answer("x"), user("Two?" * 20)]
     prompts = load(tiny_checkpoint, {"messages": file}, answers="every", max_length=64, max_answer_tokens=32)
