@@ -60,12 +60,24 @@ class Taken:
 
 @dataclass
 class Asked:
-    """A request in the engine: the turn of a conversation, and what was sampled for it."""
+    """A request in the engine: the turn of a conversation.
+
+    Attributes:
+        request: the engine's own name of it.
+        seen: how many tokens of the answer were looked at.
+    """
 
     taken: Taken | None
     document: Document
     root: int
-    sampled: list[int] = field(default_factory=list)
+    turn: int = 0
+    request: str = ""
+    seen: int = 0
+
+    @property
+    def name(self) -> str:
+        """What the request is called here."""
+        return f"{self.document.uid}.{self.turn}"
 
 
 class Engine:
@@ -116,6 +128,7 @@ class Engine:
         self._stop = frozenset(settings.turns.stop_ids)
         self._parts: dict[str, Taken] = {}
         self._asked: dict[str, Asked] = {}
+        self._requests: dict[str, Asked] = {}  # the same, by the engine's own names
         self._later = 0  # documents that are in no open part yet
         self._steps, self._busy = 0, 0.0
         self._done = self._bad = 0
@@ -178,29 +191,30 @@ class Engine:
             "stop": list(self._stop) if document.answer_tokens else [],
             "goes_on": goes_on,
         }
-        name = f"{document.uid}.{turn}"
-        self._asked[name] = Asked(taken, document, root)
-        self._add(name, document.input_ids, document.answer_tokens + 1, fields, document.uid + turn)
+        self._add(Asked(taken, document, root, turn), fields)
 
-    def _add(self, name: str, ids: np.ndarray, most: int, document: dict[str, Any], seed: int) -> None:
+    def _add(self, asked: Asked, fields: dict[str, Any]) -> None:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
-        settings = self.settings
+        settings, document = self.settings, asked.document
         greedy = settings.temperature == 0
         sampling = SamplingParams(
             temperature=settings.temperature,
             top_p=1.0 if greedy else settings.top_p,
             # of the document, so that an answer does not depend on the order of documents
-            seed=None if greedy else seed & (1 << 63) - 1,
-            max_tokens=most,
+            seed=None if greedy else (document.uid + asked.turn) & (1 << 63) - 1,
+            max_tokens=document.answer_tokens + 1,
             ignore_eos=True,
             detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
-            extra_args={"kv_transfer_params": {"layer61": document}},
+            # an object for every token of every request would cost more than the rest of this class
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args={"kv_transfer_params": {"layer61": fields}},
         )
-        self.engine.add_request(name, TokensPrompt(prompt_token_ids=ids.tolist()), sampling)
+        prompt = TokensPrompt(prompt_token_ids=document.input_ids.tolist())
+        asked.request = self.engine.add_request(asked.name, prompt, sampling)
+        self._asked[asked.name] = self._requests[asked.request] = asked
 
     def step(self) -> tuple[tuple[int, int], list[PartResult | Refused]]:
         """Step the engine once, and commit what is done.
@@ -213,39 +227,40 @@ class Engine:
             CaptureError: the engine gives no more states.
         """
         unfinished = self.engine.get_num_unfinished_requests()
-        outputs = self.engine.step()
-        if not outputs:
+        ended = {o.request_id: o.outputs[0].token_ids for o in self.engine.step()}  # type: ignore[union-attr]
+        running = list(self.engine.engine_core.engine_core.scheduler.running)  # type: ignore[attr-defined]
+        if not running and not ended:
             # every block is held back for the writers, which need this process's time
             time.sleep(1e-3)
-        finished = tokens = 0
-        ended = 0
-        for output in outputs:
-            asked = self._asked.get(output.request_id)
-            if asked is None:  # taken out at the step before
-                continue
-            known = len(asked.sampled)
-            asked.sampled += output.outputs[0].token_ids  # type: ignore[union-attr, index]
-            ended += output.finished
+        at_end = []
+        for request in running:
+            asked = self._requests[request.request_id]
+            count = request.num_output_tokens
             # the newest token has no state yet
-            if output.finished or not self._stop.isdisjoint(asked.sampled[max(known - 1, 0) : -1]):
-                if not output.finished:
-                    self.engine.abort_request([output.request_id])
-                    ended += 1
-                del self._asked[output.request_id]
-                last, stored = self._answered(output.request_id, asked)
-                finished, tokens = finished + last, tokens + stored
+            if not self._stop.isdisjoint(request.output_token_ids[max(asked.seen - 1, 0) : count - 1]):
+                at_end.append(request.request_id)
+                ended[asked.name] = list(request.output_token_ids)
+            asked.seen = count
+        if at_end:
+            self.engine.abort_request(at_end, internal=True)
+        finished = tokens = 0
+        for name, sampled in ended.items():
+            asked = self._asked.pop(name)
+            del self._requests[asked.request]
+            last, stored = self._answered(asked, sampled)
+            finished, tokens = finished + last, tokens + stored
         if unfinished:
-            running = len(self.engine.engine_core.engine_core.scheduler.running)  # type: ignore[attr-defined]
             self._steps += 1
-            self._busy += min(1.0, (running + ended) / min(self.slots, unfinished + self._later))
+            at_work = len(running) - len(at_end) + len(ended)
+            self._busy += min(1.0, at_work / min(self.slots, unfinished + self._later))
         return (finished, tokens), self._look()
 
-    def _answered(self, name: str, asked: Asked) -> tuple[bool, int]:
+    def _answered(self, asked: Asked, sampled: Sequence[int]) -> tuple[bool, int]:
         """Note a finished turn and send the next; whether it was the last, and the tokens to be stored."""
         taken, document = asked.taken, asked.document
         if taken is None:
             return False, 0
-        kept = asked.sampled[:-1] if document.answer_tokens else []
+        kept = list(sampled[:-1]) if document.answer_tokens else []
         end = next((i + 1 for i, t in enumerate(kept) if t in self._stop), len(kept))
         following = next_turn(document, kept[:end], self.settings.turns) if document.answer_tokens else None
         stored = 0
@@ -256,7 +271,7 @@ class Engine:
         if following is None:
             taken.conversations -= 1
         else:
-            self._ask(taken, following, asked.root, int(name.rpartition(".")[2]) + 1)
+            self._ask(taken, following, asked.root, asked.turn + 1)
         return following is None, stored
 
     def _look(self) -> list[PartResult | Refused]:
@@ -339,8 +354,7 @@ class Engine:
     def probe(self, ids: np.ndarray) -> np.ndarray:
         """States of one document as bf16 bits, uint16 [T, S, D], without storing them."""
         document = Document(0, ids, (), 0, "", 0, "", "")
-        self._asked["probe"] = Asked(None, document, 0)
-        self._add("probe", ids, 1, {"part": None, "uid": 0, "stop": [], "goes_on": None}, 0)
+        self._add(Asked(None, document, 0), {"part": None, "uid": 0, "stop": [], "goes_on": None})
         end = time.monotonic() + PATIENCE_S
         while time.monotonic() < end:
             self.step()
