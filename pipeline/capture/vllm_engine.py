@@ -227,7 +227,7 @@ class Engine:
             CaptureError: the engine gives no more states.
         """
         unfinished = self.engine.get_num_unfinished_requests()
-        ended = {o.request_id: o.outputs[0].token_ids for o in self.engine.step()}  # type: ignore[union-attr]
+        ended = {o.request_id: o.outputs[0].token_ids for o in self.engine.step()}  # type: ignore[union-attr, index]
         running = list(self.engine.engine_core.engine_core.scheduler.running)  # type: ignore[attr-defined]
         if not running and not ended:
             # every block is held back for the writers, which need this process's time
