@@ -32,6 +32,7 @@ from train.evaluate import measure
 from train.loss import HeadLoss, head_loss
 from train.model import load_layer
 from train.mtp import MTPLayer
+from train.plan import is_frozen
 from train.trainer import learning_rate
 from train.unroll import Scored
 
@@ -84,7 +85,7 @@ def trained(
 ) -> tuple[float, float]:
     """Train a draft in place; returns the first and the last step's loss."""
     for name, parameter in draft.layer.named_parameters():
-        parameter.requires_grad_(not name.startswith(train.freeze))
+        parameter.requires_grad_(not is_frozen(name, train))
     parameters = [p for p in draft.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, betas=(train.beta1, train.beta2), weight_decay=0.0, fused=True)
     losses: list[float] = []

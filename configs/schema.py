@@ -241,7 +241,19 @@ class TrainConfig(Section):
     max_skipped_steps: int = Field(5, ge=1, json_schema_extra=FREE)
     """Steps in a row without finite gradients, each skipped and logged, after which the run ends."""
     freeze: tuple[str, ...] = ("self_attn.indexer.", "mlp.gate.weight")
-    """Name prefixes of layer parameters that stay as released; embedding, head and router bias always do."""
+    """Name prefixes of layer parameters that stay as released; embedding, head and router bias always do.
+    Of the indexer `train.indexer` decides."""
+    attention: Literal["auto", "dense", "sparse"] = "auto"
+    """`sparse`: to the keys that the layer's indexer chooses, as served; `dense`: to all; `auto`: sparse
+    exactly where the store holds documents for which the two differ, those above index_topk tokens."""
+    indexer: Literal["frozen", "warmup", "joint"] = "frozen"
+    """`warmup`: train nothing but the indexer, towards where dense attention puts its weight; `joint`: train
+    it beside the layer, over the keys it keeps."""
+    indexer_learning_rate: float | None = Field(None, gt=0)
+    """Peak learning rate of a trained indexer; by default 1e-3 for `warmup`, `learning_rate` for `joint`."""
+    indexer_loss_weight: float = Field(1.0, gt=0)
+    """Weight of a trained indexer's own loss; gradients are clipped together, so a small one leaves more of
+    `gradient_clipping` to the draft."""
     moe_backend: Literal["auto", "torch", "grouped_mm", "triton"] = "auto"
     """Expert kernels; `auto` takes Triton on CUDA and the fastest torch form elsewhere."""
     checkpoint_every: int = Field(200, ge=1, json_schema_extra=FREE)

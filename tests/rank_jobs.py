@@ -1,10 +1,12 @@
 """What several ranks do together in a test: `python -m tests.rank_jobs JOB ARGUMENT...` forks them."""
 
+import itertools
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -15,7 +17,9 @@ from configs.schema import TrainConfig
 from export.checkpoint import Checkpoint
 from export.keymap import keymap
 from train import checkpoint, trainer, zero
+from train.batch import Packed, pack
 from train.draft import Draft
+from train.sparse import Sparse
 
 META = {"contract": {}, "loader": {}, "metrics": {}}
 
@@ -142,6 +146,53 @@ def losses(target: str, store: str, folder: str, *ways: str) -> None:
         settings += [f"train.gradient_accumulation_steps={micro_batches}", "train.warmup_steps=1"]
         settings += ["train.gradient_clipping=0.1", "train.learning_rate=1e-3"]
         together(ranks, lambda s=settings: trainer.train(load_config([], s)))
+
+
+def sparse_ranks(target: str) -> None:
+    """Losses of sparse steps on four batches, by one rank and by two, one of which has nothing long."""
+    lengths = ((100,), (20, 30), (90, 70), ())
+
+    def act(ranks: int) -> None:
+        rank, _ = zero.init_distributed()
+        settings = TrainConfig(
+            dtype="float32",
+            indexer="joint",
+            learning_rate=1e-3,
+            gradient_accumulation_steps=len(lengths) // ranks,
+            # every module is gathered and let go of each time it runs
+            deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+        )
+        config = zero.deepspeed_config(settings, num_parameters=1000)
+        layer = zero.build_layer(Checkpoint(Path(target)), settings, config)
+        engine = zero.initialize(Draft(layer, settings, Sparse(True, None)), settings, config)
+        for step in range(3):
+            total = torch.zeros(2, dtype=torch.float64)
+            for mine in lengths[rank::ranks]:
+                batch = made_up(layer, mine)
+                scored = batch.scored(settings.num_steps)
+                found = engine(batch, scored, scored.valid.float() / 100)
+                engine.backward(found.loss + found.indexer)
+                engine.step()
+                total += torch.stack([found.loss.detach(), found.indexer.detach()])
+            total = zero.reduce(total)
+            if rank == 0:
+                print("losses", ranks, step, *total.tolist())
+        zero.shutdown()
+
+    for ranks in (1, 2):
+        together(ranks, lambda r=ranks: act(r))
+
+
+def made_up(layer, lengths: tuple[int, ...]) -> Packed:
+    """Random documents, the last half of each wanted; of no lengths, what a rank without documents gets."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    T = sum(lengths)
+    ids = torch.randint(layer.dims.vocab_size, (T,), generator=generator)
+    hidden = torch.randn(T, 1, layer.dims.hidden_size, generator=generator)
+    mask = torch.cat([torch.arange(n) >= n // 2 for n in lengths] or [torch.zeros(0, dtype=torch.bool)])
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    given = SimpleNamespace(input_ids=ids, hidden=hidden, loss_mask=mask, cu_seqlens=bounds, uids=())
+    return pack(given, torch.float32, torch.device("cpu"))
 
 
 def together(count: int, act) -> None:

@@ -19,7 +19,7 @@ from pipeline.tiny.write import random_checkpoint
 from tests.reference import Reference, to_checkpoint
 from tests.stores import write_store
 from train import evaluate, launch
-from train.batch import check_lengths, held_out, open_split, pack
+from train.batch import held_out, open_split, pack
 from train.draft import Draft
 from train.loss import HeadLoss
 from train.model import load_layer
@@ -229,8 +229,6 @@ def test_what_does_not_fit_is_refused(tmp_path, tiny_checkpoint, tiny_config, co
     only = open_store(trained_on)
     with pytest.raises(ConfigError, match="no held-out documents"):
         held_out(only, None)
-    with pytest.raises(ConfigError, match="index_topk"):
-        check_lengths(only, 8)
 
 
 def test_a_run_keeps_the_held_out_set_it_began_with_and_refuses_another_one(tmp_path, tiny_checkpoint):

@@ -141,7 +141,9 @@ def test_settings_that_do_nothing_are_refused_when_planning_and_when_training(
 
 
 def test_what_is_frozen_by_default_may_be_missing_from_a_target(settings, tmp_path):
-    config = load_config([], [*settings, 'train.freeze=["mlp.gate.weight"]', f"run.dir={tmp_path / 'run'}"])
+    config = load_config(
+        [], [*settings, 'train.freeze=["self_attn.indexer."]', f"run.dir={tmp_path / 'run'}"]
+    )
     assert launch.plan(config).trainable > launch.plan(load_config([], settings)).trainable
 
 

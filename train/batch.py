@@ -19,7 +19,7 @@ from configs.schema import RunConfig
 from featurestore import FeatureStore, open_store
 from train.unroll import Scored, select
 
-__all__ = ["Packed", "check_contract", "check_lengths", "held_out", "open_split", "pack", "state_columns"]
+__all__ = ["Packed", "check_contract", "held_out", "open_split", "pack", "state_columns"]
 
 
 class Packed(NamedTuple):
@@ -137,21 +137,6 @@ def check_contract(store: FeatureStore, directory: Path) -> Target:
         sizes = f"hidden_size {store.hidden_size} and {target.hidden_size}"
         raise ContractError(f"{what} do not belong together: {sizes}", hint)
     return target
-
-
-def check_lengths(store: FeatureStore, index_topk: int) -> None:
-    """Refuse documents for which dense attention is not what the target's sparse attention computes.
-
-    Raises:
-        ConfigError: a document is longer than `index_topk` tokens.
-    """
-    longest = int(store.length.max())
-    if index_topk and longest > index_topk:
-        raise ConfigError(
-            f"{store.url} holds a document of {longest:,} tokens; attention is dense here and equals"
-            f" the target's only up to index_topk = {index_topk:,} tokens",
-            f"dump with prompts.max_length = {index_topk} or less",
-        )
 
 
 def open_split(config: RunConfig) -> FeatureStore:

@@ -12,8 +12,10 @@ from configs.schema import TrainConfig
 from train.batch import Packed
 from train.blocks import MoE
 from train.eagle3 import Eagle3Layer
+from train.index_loss import IndexLoss
 from train.loss import HeadLoss, head_loss
 from train.model import Layer
+from train.sparse import DENSE, Sparse
 from train.unroll import Scored, unroll
 
 __all__ = ["Draft"]
@@ -24,12 +26,13 @@ class Draft(nn.Module):
 
     Args:
         layer: the MTP layer or an EAGLE-3 one, with its frozen tables.
-        train: loss, temperature and position mask are read from it.
+        train: loss, temperature, position mask and the training of the indexer are read from it.
+        attention: whether it is sparse, and in which form.
     """
 
-    def __init__(self, layer: Layer, train: TrainConfig) -> None:
+    def __init__(self, layer: Layer, train: TrainConfig, attention: Sparse = DENSE) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.attention = layer, attention
         self.train_config = train
         # rows of training that the router sent to each expert, int64 [E], since they were last taken
         routed = isinstance(layer.mlp, MoE)
@@ -58,6 +61,13 @@ class Draft(nn.Module):
             hits: compare what is predicted with the text's own token too.
         """
         config = self.train_config
+        sparse, index_loss = self.attention.sparse, None
+        if self.training and torch.is_grad_enabled() and config.indexer != "frozen":
+            # each prediction is one anchor's at one step
+            weights_SA = weights_SM.new_zeros(len(weights_SM), len(scored.anchors))
+            weights_SA.scatter_add_(1, scored.place, weights_SM)
+            index_loss = IndexLoss(weights_SA, "all" if config.indexer == "warmup" else "kept")
+            sparse = sparse and config.indexer != "warmup"
         states = unroll(
             self.layer,
             batch.input_ids,
@@ -65,7 +75,10 @@ class Draft(nn.Module):
             batch.cu_seqlens,
             len(scored.place),
             self.layer.masks_position_0 and config.mask_position_0,
+            sparse=sparse,
             anchors=scored.anchors,
+            attention=self.attention.form if sparse else None,
+            index_loss=index_loss,
         )
         compared = scored.students(states), batch.hidden[scored.teacher], self.layer.lm_head
         options: dict[str, Any] = {
@@ -77,4 +90,5 @@ class Draft(nn.Module):
         }
         if isinstance(self.layer, Eagle3Layer) and self.layer.own_head is not None:
             return HeadLoss(*self.layer.own_head(*compared, keep=self.layer.keep, **options))
-        return head_loss(*compared, **options)
+        found = head_loss(*compared, **options)
+        return found if index_loss is None else found._replace(indexer=index_loss.loss)

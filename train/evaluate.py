@@ -35,11 +35,13 @@ from configs.errors import StoreNotFoundError
 from configs.files import write_json
 from configs.progress import task
 from configs.schema import RunConfig
+from configs.target import target_config
 from featurestore import FeatureStore
-from train.batch import Packed, check_contract, check_lengths, held_out, open_split, pack, state_columns
+from train.batch import Packed, check_contract, held_out, open_split, pack, state_columns
 from train.draft import Draft
 from train.loss import HeadLoss
 from train.model import load_layer
+from train.sparse import DENSE, decide
 from train.unroll import Scored
 
 __all__ = ["Tally", "measure", "plan", "ready", "run", "tally"]
@@ -313,8 +315,10 @@ def run(config: RunConfig) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32
     layer = load_layer(target, weights=None if weights == target else weights, dtype=dtype, device=device)
-    check_lengths(store, layer.dims.index_topk)  # an EAGLE-3 draft has no indexer: dense at any length
-    draft = Draft(layer, config.train)
+    attention = DENSE  # at any length where there is no indexer, as in an EAGLE-3 draft
+    if layer.dims.index_topk:
+        attention = decide(config.train, target_config(target), store, device)
+    draft = Draft(layer, config.train, attention).eval()
     with task("evaluate", len(documents), "documents") as bar:
         found = measure(
             draft,

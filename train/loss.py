@@ -21,7 +21,7 @@ class HeadLoss(NamedTuple):
     """What `head_loss` returns."""
 
     loss: Tensor
-    """Scalar, float32: sum over tokens of weight times loss. The only field with a gradient."""
+    """Scalar, float32: sum over tokens of weight times loss."""
     agree: Tensor
     """bool, shape of the student without its last dimension: student and teacher have the same arg-max."""
     overlap: Tensor
@@ -30,6 +30,8 @@ class HeadLoss(NamedTuple):
     """float32, same shape: the loss of each token, without its weight."""
     hit: Tensor | None = None
     """bool, same shape: the student's arg-max is the target token itself; where `hits` asked for it."""
+    indexer: Tensor | None = None
+    """Scalar with a gradient for the indexer alone: its own loss, where a draft trains it."""
 
 
 def default_chunk(vocab_size: int, device: torch.device) -> int:

@@ -225,13 +225,14 @@ def expert_load(rows_E: Tensor, passes: int) -> dict[str, float]:
 
 
 def sums(found: HeadLoss, valid_SM: Tensor) -> Tensor:
-    """Weighted loss, then per draft step the number of agreeing predictions and the summed overlap.
+    """Weighted loss, the indexer's, then per draft step the agreeing predictions and the summed overlap.
 
     Returns:
-        float64 [1 + 2 S]; adds up over micro-batches and ranks.
+        float64 [2 + 2 S]; adds up over micro-batches and ranks.
     """
     columns = [
         found.loss.detach().reshape(1),
+        (found.loss * 0 if found.indexer is None else found.indexer).detach().reshape(1),
         (found.agree & valid_SM).sum(1),
         (found.overlap * valid_SM).sum(1),
     ]
@@ -247,8 +248,8 @@ def means(sums: Tensor, counts_S: Tensor, scale: int) -> dict[str, float]:
         scale: ranks times micro-batches, by which the loss was scaled up.
     """
     num_steps = len(counts_S)
-    shares = sums[1:].view(2, num_steps) / counts_S.clamp(min=1)
-    values = {"train/loss": float(sums[0]) / scale}
+    shares = sums[2:].view(2, num_steps) / counts_S.clamp(min=1)
+    values = {"train/loss": float(sums[0]) / scale, "train/indexer_loss": float(sums[1]) / scale}
     values |= {f"train/top1_pos{s + 1}": float(shares[0, s]) for s in range(num_steps)}
     return values | {f"train/overlap_pos{s + 1}": float(shares[1, s]) for s in range(num_steps)}
 

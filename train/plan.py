@@ -21,6 +21,7 @@ from export.keymap import draft_keymap
 from featurestore import FeatureStore, steps_per_epoch
 from train.batch import open_split
 from train.cost import activation_bytes
+from train.sparse import check_attention
 from train.start import new_config
 
 __all__ = [
@@ -36,6 +37,9 @@ __all__ = [
 ]
 
 GIB = 2**30
+INDEXER = "self_attn.indexer."
+# learning rate of the paper's warm-up of the indexer
+WARMUP_RATE = 1e-3
 # a buffer, never trained
 BIAS = "e_score_correction_bias"
 # buffers of a pruned EAGLE-3 draft, which count as nothing
@@ -108,11 +112,16 @@ class Plan:
 
 def is_frozen(name: str, train: TrainConfig) -> bool:
     """Whether a parameter of the layer keeps its released values."""
-    return name.startswith(train.freeze)
+    if name.startswith(INDEXER):
+        return train.indexer == "frozen"
+    return train.indexer == "warmup" or name.startswith(train.freeze)
 
 
 def learning_rate_factor(name: str, train: TrainConfig) -> float:
     """What the learning rate of a parameter of the layer is multiplied by; the longest prefix decides."""
+    if name.startswith(INDEXER):
+        usual = WARMUP_RATE if train.indexer == "warmup" else train.learning_rate
+        return (train.indexer_learning_rate or usual) / train.learning_rate
     prefixes = [prefix for prefix in train.learning_rate_of if name.startswith(prefix)]
     return train.learning_rate_of[max(prefixes, key=len)] if prefixes else 1.0
 
@@ -127,6 +136,19 @@ def check_prefixes(names: Collection[str], train: TrainConfig) -> None:
     Raises:
         ConfigError: a prefix fits no parameter, or all are frozen to which it would give another rate.
     """
+    if train.indexer == "frozen" and train.indexer_learning_rate is not None:
+        raise ConfigError(
+            "train.indexer_learning_rate is set, and train.indexer = 'frozen' trains no indexer",
+            "set train.indexer to warmup or joint, or leave the rate out",
+        )
+    if train.indexer != "frozen":
+        for prefix in train.freeze:
+            if prefix != INDEXER and (INDEXER.startswith(prefix) or prefix.startswith(INDEXER)):
+                raise ConfigError(
+                    f"train.freeze: {prefix!r} covers the indexer, which train.indexer ="
+                    f" {train.indexer!r} trains",
+                    "name what else begins so, or set train.indexer to frozen",
+                )
     default = TrainConfig.model_fields["freeze"].default
     trained = [name for name in names if not is_frozen(name, train)]
     for key, prefixes, among in (
@@ -347,6 +369,7 @@ def plan(config: RunConfig) -> Plan:
     # without a store every token may be an anchor
     anchors = data.pop("anchors") or train.tokens_per_rank
     longest = data.pop("longest") or config.prompts.max_length
+    check_attention(train, model, longest)
     return Plan(
         anchors=anchors,
         trainable=trainable,
@@ -391,7 +414,7 @@ def _data(config: RunConfig) -> dict[str, Any]:
     )
     return {
         "anchors": _most_anchors(config, store),
-        "longest": int(lengths.max()),
+        "longest": int(store.length.max()),
         "documents": len(lengths),
         "tokens": int(lengths.sum()),
         "steps": total_steps(config, steps),

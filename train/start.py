@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -92,21 +92,22 @@ def new_config(config: RunConfig, target: dict[str, Any], layers: list[int]) -> 
     )
 
 
-def released(target: dict[str, Any], mask_position_0: bool = True) -> Start:
+def released(target: dict[str, Any], mask_position_0: bool = True, *, sparse: bool = False) -> Start:
     """Training of the target's own MTP layer, from its config.json."""
-    said = contract.Draft(mask_position_0=mask_position_0)
+    attention: Literal["dense", "sparse"] = "sparse" if sparse else "dense"
+    said = contract.Draft(mask_position_0=mask_position_0, attention=attention)
     return Start(None, draft_keymap(target, None), said, None)
 
 
-def start(config: RunConfig, store: FeatureStore, target: Checkpoint) -> Start:
-    """Settle what a run trains; all ranks call this.
+def start(config: RunConfig, store: FeatureStore, target: Checkpoint, *, sparse: bool = False) -> Start:
+    """Settle what a run trains, with sparse attention or not; all ranks call this.
 
     Raises:
         ContractError: the store lacks the states that the draft needs.
         ConfigError: the settings do not fit the target.
     """
     if config.train.draft == "mtp":
-        return released(target.config, config.train.mask_position_0)
+        return released(target.config, config.train.mask_position_0, sparse=sparse)
     layers = aux_layers(store.contract)
     if not layers:
         count = target.config["num_hidden_layers"]

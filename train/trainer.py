@@ -29,12 +29,13 @@ from configs.schema import RunConfig, TrainConfig
 from export.checkpoint import Checkpoint
 from featurestore import FeatureStore, Loader
 from train import checkpoint, zero
-from train.batch import Packed, check_contract, check_lengths, held_out, open_split, pack, state_columns
+from train.batch import Packed, check_contract, held_out, open_split, pack, state_columns
 from train.cost import model_flops, work
 from train.draft import Draft
 from train.evaluate import measure
 from train.metrics import Metrics, Pace, detail, expert_load, means, open_sinks, sums
 from train.plan import check_initial, initial_weights, total_steps
+from train.sparse import decide
 from train.start import Start, start
 from train.unroll import Scored
 
@@ -241,7 +242,8 @@ def _open(config: RunConfig, rank: int, world: int) -> _Run:
     settings, first = config.train, rank == 0
     store, target = open_split(config), Checkpoint(config.require_target())
     _check(config, store, target, first)
-    plan = start(config, store, target)
+    attention = decide(settings, target.config, store, zero.device())
+    plan = start(config, store, target, sparse=attention.sparse)
     if first:
         for change in clean(config.run.dir):
             log("train", change)
@@ -270,7 +272,7 @@ def _open(config: RunConfig, rank: int, world: int) -> _Run:
         check_initial(weights, store)
     seed = config.run.seed
     layer = zero.build_layer(target, config.trained, ds_config, weights, begin=plan, seed=seed)
-    draft = Draft(layer, settings)
+    draft = Draft(layer, settings, attention)
     engine = zero.initialize(draft, settings, ds_config)
     if saved is not None:
         saved = checkpoint.load(engine, saved)
@@ -303,8 +305,6 @@ def _check(config: RunConfig, store: FeatureStore, target: Checkpoint, first: bo
         check_contract(store, target.directory)
         if store.missing:
             log("train", f"warning: {store.missing}, `layer61 dump` adds them")
-    if config.train.draft == "mtp":
-        check_lengths(store, target.config.get("index_topk") or 0)
 
 
 def _record_split(
@@ -423,11 +423,13 @@ def _step(
     share_S = (share_S / share_S.sum()).to(device)
     # DeepSpeed takes the mean over ranks and micro-batches; the loss is one over predictions
     weight_S = (share_S / counts_S.clamp(min=1) * run.loader.world_size * len(batches)).float()
-    total = torch.zeros(1 + 2 * num_steps, dtype=torch.float64, device=device)
+    total = torch.zeros(2 + 2 * num_steps, dtype=torch.float64, device=device)
     sizes = torch.zeros(3, dtype=torch.float64, device=device)
     for batch, rows in zip(batches, scored, strict=True):
         found = run.engine(batch, rows, rows.valid * weight_S[:, None])
-        run.engine.backward(found.loss)
+        # neither loss has a gradient for the parameters of the other
+        own = 0 if found.indexer is None else settings.indexer_loss_weight * found.indexer
+        run.engine.backward(found.loss + own)
         run.engine.step()
         total += sums(found, rows.valid)
         sizes += work(batch.cu_seqlens, rows)
@@ -437,6 +439,8 @@ def _step(
     run.step, run.position = run.step + 1, run.loader.state_dict()
     anchors, keys, predictions = map(int, sizes.tolist())
     values = means(total, counts_S, passes)
+    if settings.indexer == "frozen":
+        del values["train/indexer_loss"]
     values |= {"train/lr": rate, "train/grad_norm": float(run.engine.get_global_grad_norm())}
     values |= {"data/anchor_share": anchors / tokens} | expert_load(rows_E, passes * num_steps)
     return values, model_flops(draft.layer, tokens, anchors, keys, predictions, num_steps)

@@ -1,0 +1,148 @@
+"""Training and evaluating with sparse attention, decided once for all ranks, and training the indexer."""
+
+import json
+
+import pytest
+import torch
+
+from configs import run_dir as runs
+from configs.errors import ConfigError, Layer61Error
+from configs.load import load_config
+from export.checkpoint import Checkpoint
+from featurestore import open_store
+from tests.rank_jobs import run_job
+from tests.stores import write_store
+from train import evaluate, launch
+from train.model import load_layer
+from train.sparse import check_attention
+
+
+@pytest.fixture(scope="module")
+def long_store(tmp_path_factory, sparse_checkpoint):
+    """Documents of which some are longer than the target's index_topk, 64."""
+    lengths = [24, 96, 24, 130, 40, 24, 24, 96] * 3
+    return write_store(tmp_path_factory.mktemp("store") / "store", sparse_checkpoint, lengths=lengths)
+
+
+@pytest.fixture
+def settings(sparse_checkpoint, long_store, tmp_path):
+    words = [f"target.path={sparse_checkpoint}", f"train.store={long_store}", f"run.dir={tmp_path / 'run'}"]
+    words += ["train.dtype=float32", "train.tokens_per_rank=130", "train.max_steps=2", "train.warmup_steps=0"]
+    return [*words, "train.evaluate_every=100", "train.learning_rate=1e-3"]
+
+
+def rows(config):
+    lines = [json.loads(line) for line in (config.run.dir / runs.METRICS).read_text().splitlines()]
+    return [line for line in lines if "train/loss" in line]
+
+
+def moved(config, target):
+    """Names of the layer's parameters that training has changed."""
+    released = load_layer(target)
+    found = load_layer(target, weights=runs.locate(config.run.dir, "last") / "weights")
+    return {n for n, p in found.named_parameters() if not torch.equal(p, released.get_parameter(n))}
+
+
+def test_two_ranks_of_which_one_has_nothing_long_train_as_one_rank_does(sparse_checkpoint):
+    said = run_job("sparse_ranks", sparse_checkpoint)
+    found = {}
+    for line in said.splitlines():
+        if line.startswith("losses"):
+            _, ranks, step, *values = line.split()
+            found[int(ranks), int(step)] = [float(x) for x in values]
+    assert len(found) == 6
+    for step in range(3):
+        assert found[2, step] == pytest.approx(found[1, step], rel=1e-6)
+    # the steps did something
+    assert found[1, 2][0] != found[1, 0][0]
+    assert found[1, 2][1] != found[1, 0][1]
+
+
+def test_attention_is_sparse_where_the_store_needs_it_and_a_checkpoint_says_so(
+    settings, sparse_checkpoint, tmp_path
+):
+    config = load_config([], settings)
+    launch.run(config)
+    assert runs.read_meta(runs.locate(config.run.dir, "last"))["draft"]["attention"] == "sparse"
+    assert "train/indexer_loss" not in rows(config)[0]
+    assert not any("indexer" in name for name in moved(config, sparse_checkpoint))
+    # of the same documents, another mask is another loss
+    short = write_store(tmp_path / "short", sparse_checkpoint, lengths=[24] * 24)
+    other = load_config([], [*settings, f"train.store={short}", f"run.dir={tmp_path / 'short-run'}"])
+    launch.run(other)
+    assert runs.read_meta(runs.locate(other.run.dir, "last"))["draft"]["attention"] == "dense"
+
+
+def test_short_documents_train_alike_with_and_without_the_mask(sparse_checkpoint, settings, tmp_path):
+    store = write_store(tmp_path / "short", sparse_checkpoint, lengths=[24, 60, 33] * 8)
+    found = []
+    for attention in ("dense", "sparse"):
+        words = [f"train.store={store}", f"train.attention={attention}", f"run.dir={tmp_path / attention}"]
+        config = load_config([], [*settings, *words])
+        launch.run(config)
+        found.append([row["train/loss"] for row in rows(config)])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("indexer", ["warmup", "joint"])
+def test_an_indexer_is_trained_alone_or_beside_the_layer_and_its_loss_falls(
+    settings, sparse_checkpoint, indexer
+):
+    words = [f"train.indexer={indexer}", "train.indexer_learning_rate=3e-3", "train.max_steps=8"]
+    config = load_config([], [*settings, *words])
+    launch.run(config)
+    losses = [row["train/indexer_loss"] for row in rows(config)]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    changed = moved(config, sparse_checkpoint)
+    trained = {n for n in changed if "indexer" in n}
+    assert trained == {n for n in load_layer(sparse_checkpoint).state_dict() if "indexer" in n}
+    assert (changed == trained) == (indexer == "warmup")
+    assert evaluate.run(config)["documents"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train.attention=dense"], "longest document has 130 tokens"),
+        (["train.tokens_per_rank=96"], "tokens_per_rank = 96 is less than the longest document"),
+        (["train.indexer=joint", 'train.freeze=["self_attn."]'], "'self_attn.' covers the indexer"),
+        (["train.indexer_learning_rate=1e-3"], "trains no indexer"),
+    ],
+)
+def test_settings_that_do_not_fit_long_documents_are_refused(settings, words, said):
+    config = load_config([], [*settings, *words])
+    for verb in (launch.plan, launch.run):
+        with pytest.raises(ConfigError) as caught:
+            verb(config)
+        assert said in caught.value.message
+        assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("words", "changes", "said"),
+    [
+        (["train.attention=sparse"], {"index_topk": None}, "no index_topk"),
+        (["train.indexer=warmup"], {"index_topk": None}, "no index_topk"),
+        (["train.attention=sparse", "train.draft=eagle3"], {}, "an EAGLE-3 draft has none"),
+        ([], {"index_n_heads": 4}, "index_n_heads = 4"),
+        ([], {"index_share_for_mtp_iteration": True}, "index_share_for_mtp_iteration"),
+        ([], {"indexer_rope_interleave": True}, "indexer_rope_interleave"),
+    ],
+)
+def test_targets_whose_indexer_cannot_serve_are_refused(sparse_checkpoint, words, changes, said):
+    model = Checkpoint(sparse_checkpoint).config | changes
+    with pytest.raises(Layer61Error) as caught:
+        check_attention(load_config([], words).train, model, 130)
+    assert said in caught.value.message
+    assert caught.value.hint
+
+
+def test_a_target_without_an_indexer_is_dense_at_any_length(sparse_checkpoint, long_store):
+    model = Checkpoint(sparse_checkpoint).config | {"index_topk": None}
+    longest = int(open_store(long_store).length.max())
+    assert longest == 130
+    assert not check_attention(load_config([], []).train, model, longest)
+    # up to index_topk + 2 tokens the mask hides nothing from what is predicted
+    model = Checkpoint(sparse_checkpoint).config
+    assert not check_attention(load_config([], []).train, model, 66)
+    assert check_attention(load_config([], []).train, model, 67)
