@@ -43,7 +43,7 @@ from pipeline.view import make_view
 
 LENGTH, ANSWER = 512, 128
 SEQUENCES = 32  # of the engine whose occupancy is measured; a part has as many documents
-PART = 32  # documents of a part where capture is on
+PART = 16  # documents of a part where capture is on
 WIDE = {"hidden_size": 7168, "num_hidden_layers": 2, "n_routed_experts": 8, "moe_intermediate_size": 64}
 WIDE |= {
     "num_experts_per_tok": 2,
@@ -273,7 +273,7 @@ def main() -> None:
         results["busy"] = occupancy(engine, mix)
         prompts = load_prompts(asked.model_copy(update={"answers": "given"}), wide)
         engine = settings(wide, folder / "given", prompts, 128)
-        results["given, hidden size 7168"] = on_off(engine, prompts.documents[: count // 3], seconds)
+        results["given, hidden size 7168"] = on_off(engine, prompts.documents[:count], seconds)
         hidden = target_config(narrow)["hidden_size"]
     finally:
         shutil.rmtree(folder)
