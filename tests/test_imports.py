@@ -26,7 +26,7 @@ MAY_IMPORT = {
 TRAIN = [
     *["kernels", "loss", "dims", "indexer", "attention", "gather", "index_loss"],
     *["blocks", "mtp", "eagle3", "model"],
-    *["unroll", "batch", "sparse", "vocabulary", "start", "draft", "evaluate"],
+    *["unroll", "batch", "sparse", "vocabulary", "start", "draft", "selection", "evaluate"],
     *["cost", "plan", "zero", "checkpoint", "metrics", "trainer", "launch"],
 ]
 

@@ -64,7 +64,7 @@ def test_loss_in_chunks_and_its_gradients_equal_the_whole_formula(sparse_checkpo
     ids, hidden, cu = packed(layer, LENGTHS)
     weights_SA = torch.rand(STEPS, len(ids), generator=torch.Generator().manual_seed(1))
     index_loss = IndexLoss(weights_SA, over)
-    unroll(layer, ids, hidden, cu, STEPS, sparse=over == "kept", index_loss=index_loss)
+    unroll(layer, ids, hidden, cu, STEPS, sparse=over == "kept", watch=index_loss)
     expected = plainly(layer, ids, hidden, cu, weights_SA, 12 if over == "kept" else None)
     torch.testing.assert_close(index_loss.loss, expected, rtol=1e-5, atol=1e-5)
     parameters = learning(layer)
@@ -81,7 +81,7 @@ def test_neither_loss_reaches_the_parameters_of_the_other(sparse_checkpoint, for
     ids, hidden, cu = packed(layer, LENGTHS)
     hidden.requires_grad_()
     index_loss = IndexLoss(torch.ones(STEPS, len(ids)), "kept")
-    states = unroll(layer, ids, hidden, cu, STEPS, sparse=True, attention=form, index_loss=index_loss)
+    states = unroll(layer, ids, hidden, cu, STEPS, sparse=True, attention=form, watch=index_loss)
     names, parameters = zip(*layer.named_parameters(), strict=True)
     own = torch.autograd.grad(index_loss.loss, [hidden, *parameters], allow_unused=True, retain_graph=True)
     assert own[0] is None
@@ -99,5 +99,5 @@ def test_what_a_row_of_weight_0_holds_plays_no_part(sparse_checkpoint):
     losses = []
     for states in (hidden, hidden.index_fill(0, cu[1:].long() - 1, 1e4)):
         losses.append(IndexLoss(weights_SA, "kept"))
-        unroll(layer, ids, states, cu, STEPS, sparse=True, index_loss=losses[-1])
+        unroll(layer, ids, states, cu, STEPS, sparse=True, watch=losses[-1])
     torch.testing.assert_close(losses[1].loss, losses[0].loss, rtol=1e-5, atol=1e-5)

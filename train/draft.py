@@ -78,7 +78,7 @@ class Draft(nn.Module):
             sparse=sparse,
             anchors=scored.anchors,
             attention=self.attention.form if sparse else None,
-            index_loss=index_loss,
+            watch=index_loss,
         )
         compared = scored.students(states), batch.hidden[scored.teacher], self.layer.lm_head
         options: dict[str, Any] = {

@@ -21,7 +21,7 @@ Legend: T tokens, S draft steps, M predicted tokens, B documents of a batch, N d
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ from configs import run_dir
 from configs.acceptance import acceptance_length, share_accepted, tables
 from configs.errors import StoreNotFoundError
 from configs.files import write_json
-from configs.progress import task
+from configs.progress import log, task
 from configs.schema import RunConfig
 from configs.target import target_config
 from featurestore import FeatureStore
@@ -41,10 +41,15 @@ from train.batch import Packed, check_contract, held_out, open_split, pack, stat
 from train.draft import Draft
 from train.loss import HeadLoss
 from train.model import load_layer
+from train.mtp import MTPLayer
+from train.selection import selection_drift
 from train.sparse import DENSE, decide
 from train.unroll import Scored
 
 __all__ = ["Tally", "measure", "plan", "ready", "run", "tally"]
+
+# its weights of all heads over all candidates cost as much as dense attention
+SELECTION_DOCUMENTS = 16
 
 
 class Tally(NamedTuple):
@@ -274,6 +279,31 @@ def _headline(counts: Tally, num_steps: int) -> dict[str, Any]:
     }
 
 
+def _selection(
+    config: RunConfig, store: FeatureStore, documents: np.ndarray, draft: Draft, is_released: bool
+) -> dict[str, Any]:
+    """`selection_drift` over the first documents of which some key is left out."""
+    layer, target = draft.layer, config.require_target()
+    dtype, device = layer.embed_tokens.dtype, layer.embed_tokens.device
+    released = None if is_released else load_layer(target, dtype=dtype, device=device)
+    long = [int(i) for i in documents if store.length[i] > layer.dims.index_topk + 2][:SELECTION_DOCUMENTS]
+    assert isinstance(layer, MTPLayer)
+    assert isinstance(released, MTPLayer | None)
+    with task("selection", len(long), "documents") as bar:
+
+        def read() -> Iterator[Packed]:
+            for i in long:
+                states = state_columns(store.contract)
+                yield pack(_read(store, np.array([i]), states), dtype, device)
+                bar.advance(1)
+
+        steps, masked = config.evaluate.num_speculative_tokens, config.train.mask_position_0
+        found = selection_drift(layer, released, read(), steps, mask_position_0=masked)
+    if found["warning"]:
+        log("evaluate", f"warning: {found['warning']}")
+    return {"documents": len(long), **found}
+
+
 def plan(config: RunConfig) -> str:
     """One line: what `layer61 evaluate` will measure."""
     try:
@@ -299,7 +329,8 @@ def run(config: RunConfig) -> dict[str, Any]:
     """Measure a checkpoint on the held-out documents and write `RUN/evaluate.NAME.json`.
 
     Returns:
-        As `measure`, and which weights were measured.
+        As `measure`, and which weights were measured; with sparse attention `selection` as well, as
+        `train.selection.selection_drift` of at most 16 long documents.
 
     Raises:
         ContractError: the store was not dumped from this target.
@@ -333,6 +364,8 @@ def run(config: RunConfig) -> dict[str, Any]:
             device=device,
             progress=bar.advance,
         )
+    if attention.sparse:
+        found["selection"] = _selection(config, store, documents, draft, weights == target)
     found |= {"checkpoint": name, "weights": str(weights), "store": config.train_store_path}
     write_json(run_dir.evaluation(config.run.dir, name), {"format": 2, **found})
     return found

@@ -11,7 +11,7 @@ Legend: T places of a document, A its anchors, c anchors of a chunk, H heads of 
 I index_head_dim, S own entries, K kept places.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from train.gather import chunks, kept_logits, split, stacked, take
 from train.indexer import HELD, Candidates, Selection, scores
 
-__all__ = ["IndexLoss", "attention_mass"]
+__all__ = ["IndexLoss", "Watch", "attention_mass"]
 
 
 def attention_mass(
@@ -115,8 +115,36 @@ class _Loss(torch.autograd.Function):
         return *(saved * grad for saved in ctx.saved_tensors), *[None] * 5
 
 
+class Watch(Protocol):
+    """Is told by an unroll, step by step, what the indexer chose and what attention reads.
+
+    Attributes:
+        over: what the indexer chooses among for it: `all` candidates, or those `kept`.
+    """
+
+    over: Literal["all", "kept"]
+
+    def add(
+        self,
+        selection: Selection,
+        q_AHX: Tensor,
+        entries_TX: Tensor,
+        own_AX: Tensor | None,
+        scale: float,
+    ) -> None:
+        """Take a step, whose `Selection.step` is done.
+
+        Args:
+            selection: the candidates and choices, and the indexer's queries and keys with their gradient.
+            q_AHX: absorbed queries of attention.
+            entries_TX: attention's entries of step 0.
+            own_AX: attention's own entries of the step; None at step 0.
+            scale: factor of attention's logits.
+        """
+
+
 class IndexLoss:
-    """Adds up the indexer's loss over the steps of an unroll.
+    """A `Watch` that adds up the indexer's loss over the steps of an unroll.
 
     Args:
         weights_SA: float32 weight of each anchor at each step, 0 where it predicts nothing.
@@ -141,15 +169,7 @@ class IndexLoss:
         own_AX: Tensor | None,
         scale: float,
     ) -> None:
-        """Add a step, whose `Selection.step` is done.
-
-        Args:
-            selection: the candidates, and the indexer's queries and keys with their gradient.
-            q_AHX: absorbed queries of attention.
-            entries_TX: attention's entries of step 0.
-            own_AX: attention's own entries of the step; None at step 0.
-            scale: factor of attention's logits.
-        """
+        """Add a step."""
         index, weights_A = selection.index, self.weights_SA[self.steps]
         if own_AX is not None:
             self.own_entries.append(own_AX.detach())

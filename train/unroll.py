@@ -31,7 +31,7 @@ from train.attention import attention_form, per_row
 from train.blocks import Projected
 from train.eagle3 import Eagle3Layer
 from train.gather import absorbed, gather_form
-from train.index_loss import IndexLoss
+from train.index_loss import Watch
 from train.indexer import Index, Selection
 from train.kernels.moe import weight_gradients_once
 from train.mtp import MTPLayer
@@ -113,7 +113,7 @@ def unroll(
     sparse: bool = False,
     anchors: Tensor | None = None,
     attention: str | None = None,
-    index_loss: IndexLoss | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Run the served recursion over packed documents, tokens given.
 
@@ -131,7 +131,7 @@ def unroll(
         attention: `documents` (plain, one document at a time), `blocks` (flex attention), `whole` (plain, the
             reference) or, where it is sparse, `gather` (over latents); by default `blocks` on CUDA and
             `documents` elsewhere. The same on all ranks: they run the same modules in the same order.
-        index_loss: adds up the loss that trains the indexer; without one no gradient reaches it.
+        watch: is told each step's choices, as `IndexLoss` is; the indexer gets no other gradient.
 
     Returns:
         states [S, A, D]: row i of step s is the carried (post-norm) state that predicts token i+s+2; rows
@@ -154,13 +154,13 @@ def unroll(
     carried = layer.start(hidden)
     attn, scale, asked = layer.self_attn, layer.dims.softmax_scale, None if len(anchors) == T else anchors
     x_TD, attended_TD = layer.enter(tokens(every, 0), carried, masked)
-    indexed = sparse or index_loss is not None
+    indexed = sparse or watch is not None
     # dense, queries are made of all tokens at once, as they were before there was an indexer, to the bit
     made = attn.project(attended_TD, positions, asked if indexed else None)
     selection = None
     if indexed:
-        index = _index(layer, attended_TD, made, positions, asked, index_loss is not None)
-        keeps = sparse or (index_loss is not None and index_loss.over == "kept")
+        index = _index(layer, attended_TD, made, positions, asked, watch is not None)
+        keeps = sparse or (watch is not None and watch.over == "kept")
         topk = layer.dims.index_topk if keeps else T + num_steps
         selection = Selection(anchors, cu_seqlens, index.k_TI, topk)
     x_AD, q_AHQ = (x_TD, made.q_AHQ) if asked is None else (x_TD[anchors], made.q_AHQ)
@@ -174,7 +174,7 @@ def unroll(
         chosen = selection if sparse else None
         k_THQ, v_THC = attn.expand(made.latent_TL, made.k_pe_TR)
         attend = attention_form(attention, anchors, cu_seqlens, k_THQ, v_THC, scale, chosen)
-    if index_loss is not None:
+    if watch is not None:
         with torch.no_grad():
             up_LHW = attn.up(x_TD)
         entries_TX = torch.cat((made.latent_TL, made.k_pe_TR), -1).detach()
@@ -186,12 +186,12 @@ def unroll(
             made = attn.project(attended_AD, positions[anchors] + s)
             q_AHQ, own = made.q_AHQ, (made.latent_TL, made.k_pe_TR)
             if indexed:
-                index = _index(layer, attended_AD, made, positions[anchors] + s, None, index_loss is not None)
+                index = _index(layer, attended_AD, made, positions[anchors] + s, None, watch is not None)
         if selection is not None:
             selection.step(index, own=s > 0)
-            if index_loss is not None:
+            if watch is not None:
                 q_AHX = absorbed(q_AHQ.detach(), up_LHW, entries_TX.shape[1])
-                index_loss.add(selection, q_AHX, entries_TX, own and torch.cat(own, -1), scale)
+                watch.add(selection, q_AHX, entries_TX, own and torch.cat(own, -1), scale)
         if own is not None and attention != "gather":
             own = attn.expand(*own)
         x_AD = x_AD + attn.output(attend(q_AHQ, own))
