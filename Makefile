@@ -18,7 +18,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-ray demo demo-eagle3 target dump-hidden-states train export-nextn evaluate verify serve bench-serve \
-	report test test-fast check \
+	report test test-fast check check-sglang \
 	bench-store bench-dump bench-moe bench-loss bench-train bench-checkpoint kernels-report gpu-rehearsal clean
 
 help: ## list the targets
@@ -86,6 +86,14 @@ check: setup setup-ray ## lint, types and tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy configs featurestore export pipeline train
 	$(TESTS) $(ARGS)
+
+# beside the environment, not in it: sglang wants another torch, and runs with this one as far as the check goes
+.venv/sglang: $(STAMP) requirements/sglang.lock
+	rm -rf $@
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target $@ -r requirements/sglang.lock
+
+check-sglang: .venv/sglang ## load every layout of an export with sglang's own code, and run its layer beside ours
+	PYTHONPATH=.venv/sglang $(BIN)/python -m benchmarks.check_sglang $(ARGS)
 
 bench-store: setup ## store read, write and loader speed (ARGS=--quick)
 	$(BIN)/python -m benchmarks.store $(ARGS)

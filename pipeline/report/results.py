@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -194,7 +195,7 @@ def read(run: Path) -> Results:
         found.served = found.verification["drafts"]
     for path in sorted(run.glob(run_dir.EVALUATIONS)):
         name = path.name.removeprefix("evaluate.").removesuffix(".json")
-        found.offline[name] = _from(path, lambda one, name=name: _draft(name, one))
+        found.offline[name] = _from(path, partial(_draft, name))
     if (path := run / run_dir.SERVING).exists():
         found.serving = _from(path, _serving)
     if (path := run / run_dir.SUMMARY).exists():
