@@ -1,10 +1,16 @@
 """What several ranks do together in a test: `python -m tests.rank_jobs JOB ARGUMENT...` forks them."""
 
+import functools
+import gc
 import itertools
+import json
+import multiprocessing
 import os
+import random
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,10 +18,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from configs import run_dir as runs
 from configs.load import load_config
 from configs.schema import TrainConfig
 from export.checkpoint import Checkpoint
 from export.keymap import keymap
+from pipeline.__main__ import main
 from train import checkpoint, trainer, zero
 from train.batch import Packed, pack
 from train.draft import Draft
@@ -196,8 +204,80 @@ def made_up(layer, lengths: tuple[int, ...]) -> Packed:
     return pack(given, torch.float32, torch.device("cpu"))
 
 
+def note_documents(target: str, store: str, folder: str, *legs: str) -> None:
+    """Train on so many ranks up to a step (`RANKSxSTEP`), then go on with the next way.
+
+    `read.LEG.RANK.json` holds the documents of each step.
+    """
+
+    def act(leg: int, settings: list[str]) -> None:
+        steps, pack = [], trainer.pack
+
+        def noting(batch, *others):
+            steps.append(list(batch.uids))
+            return pack(batch, *others)
+
+        trainer.pack = noting
+        trainer.train(load_config([], settings))
+        Path(folder, f"read.{leg}.{os.environ['RANK']}.json").write_text(json.dumps(steps))
+
+    for leg, (ranks, last) in enumerate(map(int, way.split("x")) for way in legs):
+        settings = [f"target.path={target}", f"train.store={store}", f"run.dir={folder}"]
+        settings += ["train.dtype=float32", "train.tokens_per_rank=48", "train.evaluate_every=100"]
+        together(ranks, functools.partial(act, leg, [*settings, f"train.max_steps={last}"]))
+
+
+def kill_while_saving(settings: str, folder: str, kills: str) -> None:
+    """Train into `whole`, and into `killed` by so many runs that are killed while they save, and a last one.
+
+    `settings` are words with spaces between them. Prints how many runs were killed before their end.
+    """
+    chance, killed = random.Random(61), 0
+
+    def start(name: str):
+        def verb() -> None:
+            sys.exit(main(["train", *settings.split(), f"run.dir={folder}/{name}"]))
+
+        process = multiprocessing.get_context("fork").Process(target=verb)
+        process.start()
+        return process
+
+    def finish(name: str) -> None:
+        process = start(name)
+        process.join(120)
+        assert process.exitcode == 0
+
+    preload()
+    finish("whole")
+    run = runs.directory(Path(folder) / "killed")
+    for _ in range(int(kills)):
+        before = sorted(p.name for p in run.glob("*")) if run.exists() else []
+        process = start("killed")
+        # until the first save has begun, then a little longer
+        while process.is_alive() and sorted(p.name for p in run.glob("*")) == before:
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.3))
+        killed += process.is_alive()
+        process.kill()
+        process.join()
+    finish("killed")
+    print("killed", killed)
+
+
+@functools.cache
+def preload() -> None:
+    """Import what a rank imports as it starts: those forked from this process need not."""
+    import torch._dynamo  # noqa: F401
+
+    zero.import_muon()
+    # what is here stays, and need not be looked through by each rank
+    gc.collect()
+    gc.freeze()
+
+
 def together(count: int, act) -> None:
     """Run something on so many ranks, forked from this process, which has imported everything."""
+    preload()
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

@@ -2,13 +2,8 @@
 
 import json
 import os
-import random
 import resource
 import shutil
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 
@@ -16,12 +11,12 @@ from configs import run_dir as runs
 from configs.errors import InputError, Layer61Error
 from export.checkpoint import Checkpoint
 from export.keymap import keymap
+from featurestore import open_store
+from featurestore.order import epoch_order
 from tests import rank_jobs
 from tests.rank_jobs import run_job
 from tests.stores import write_store
 from train import checkpoint, zero
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_any_number_of_ranks_takes_over_the_optimizer_bit_for_bit(tmp_path, tiny_checkpoint):
@@ -215,6 +210,28 @@ def test_losses_and_gradient_norms_agree_at_1_2_and_4_ranks(tmp_path, tiny_check
                 assert theirs[key] == pytest.approx(mine[key], rel=1e-6), (key, mine["step"])
 
 
+def test_other_numbers_of_ranks_go_on_with_the_same_documents_in_the_same_order(tmp_path, tiny_checkpoint):
+    lengths = [12 + 5 * (n % 7) for n in range(24)]
+    path = write_store(tmp_path / "store", tiny_checkpoint, lengths=lengths)
+    # each leg begins from the checkpoint of the one before
+    run = tmp_path / "run"
+    run_job("note_documents", tiny_checkpoint, path, run, "2x2", "4x4", "3x7")
+    # of each leg the steps of each rank
+    legs = [[json.loads(p.read_text()) for p in sorted(run.glob(f"read.{n}.*.json"))] for n in range(3)]
+    assert [(len(leg), len(leg[0])) for leg in legs] == [(2, 2), (4, 2), (3, 3)]
+    store = open_store(path)
+    uids = store.uid[~store.held_out]
+    order = [int(uids[n]) for epoch in (0, 1) for n in epoch_order(uids, 0, epoch)]
+    at = 0
+    for leg in legs:
+        for parts in zip(*leg, strict=True):
+            step = [uid for part in parts for uid in part]
+            assert sorted(step) == sorted(order[at : at + len(step)])
+            assert all(parts)
+            at += len(step)
+    assert at > len(uids)  # the order of the next pass included
+
+
 def test_a_kill_at_any_moment_of_saving_ends_in_the_same_weights(tmp_path, tiny_checkpoint):
     store = write_store(tmp_path / "store", tiny_checkpoint, lengths=[24] * 64)
     settings = [f"target.path={tiny_checkpoint}", f"train.store={store}", "train.dtype=float32"]
@@ -222,23 +239,8 @@ def test_a_kill_at_any_moment_of_saving_ends_in_the_same_weights(tmp_path, tiny_
     settings += ["train.tokens_per_rank=48", "train.max_steps=24", "train.checkpoint_every=1"]
     settings += ["train.evaluate_every=100"]
 
-    def start(run_dir):
-        command = [sys.executable, "-m", "pipeline", "train", *settings, f"run.dir={run_dir}"]
-        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    assert start(tmp_path / "whole").wait(120) == 0
-    chance, killed = random.Random(61), 0
-    for _ in range(kills := int(os.environ.get("LAYER61_KILLS", "3"))):
-        process, run = start(tmp_path / "killed"), runs.directory(tmp_path / "killed")
-        before = sorted(p.name for p in run.glob("*")) if run.exists() else []
-        # until the first save has begun, then a little longer
-        while process.poll() is None and sorted(p.name for p in run.glob("*")) == before:
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.3))
-        killed += process.poll() is None
-        process.kill()
-        process.wait()
-    assert killed >= min(kills, 2)
-    assert start(tmp_path / "killed").wait(120) == 0
+    kills = int(os.environ.get("LAYER61_KILLS", "3"))
+    said = run_job("kill_while_saving", " ".join(settings), tmp_path, kills)
+    assert int(said.split("killed ")[-1]) >= min(kills, 2)
     mine, theirs = (runs.read_commit(runs.locate(tmp_path / d, "last")) for d in ("killed", "whole"))
     assert {f: e for f, e in mine.items() if "/" in f} == {f: e for f, e in theirs.items() if "/" in f}

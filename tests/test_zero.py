@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from tests.rank_jobs import run_job
+from tests.rank_jobs import run_job, together
 from tests.stores import write_store
 from train import zero
 
@@ -69,10 +69,8 @@ def rank_of_two(target: Path) -> None:
 
 
 def test_gradients_of_partitioned_experts_equal_plain_autograds(tiny_checkpoint):
-    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "tests.test_zero"]
-    done = subprocess.run(
-        [sys.executable, *command, str(tiny_checkpoint)], cwd=ROOT, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "tests.test_zero", str(tiny_checkpoint)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -101,4 +99,4 @@ def test_a_rank_binds_its_device_before_anything_else_happens(monkeypatch):
 
 
 if __name__ == "__main__":
-    rank_of_two(Path(sys.argv[1]))
+    together(2, lambda: rank_of_two(Path(sys.argv[1])))

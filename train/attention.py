@@ -16,9 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo import config as dynamo_config
-from torch.fx.experimental import _config as fx_config
-from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 from train.indexer import Candidates, Index, Selection, choose, marked, scores
 
@@ -236,6 +233,10 @@ def _merge(
 def _compiled(function: Callable[..., Any], backend: Any) -> Callable[..., Any]:
     if backend is None:
         return function
+    # the compiler takes a second to import, which whoever compiles nothing need not wait for
+    from torch._dynamo import config as dynamo_config
+    from torch.fx.experimental import _config as fx_config
+
     # whatever cannot be compiled raises; eager flex attention would hold every score
     compiled = torch.compile(function, dynamic=True, fullgraph=True, backend=backend)
 
@@ -290,6 +291,8 @@ def _by_blocks(
     gradients of the attention, and two of the merge for each number of steps. What the indexer leaves out
     loses its score, by a bit looked up, within the blocks that causality leaves.
     """
+    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+
     T, A = len(k_THQ), len(anchors)
     rows = max(-(-A // BLOCK), 2) * BLOCK
     keys = max(-(-T // BLOCK) * BLOCK, rows + BLOCK)

@@ -44,6 +44,7 @@ __all__ = [
     "dtype_of",
     "from_first",
     "gathered",
+    "import_muon",
     "init_distributed",
     "initialize",
     "optimizer_step",
@@ -206,6 +207,22 @@ def build_layer(
     return layer
 
 
+def import_muon() -> None:
+    """Import an optimizer that DeepSpeed asks for, whichever is used, without compiling it.
+
+    Its decorators would load the whole of Inductor: a second of every rank's start.
+    """
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        if before is None:
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        else:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
+
+
 def initialize(module: nn.Module, train: TrainConfig, ds_config: dict[str, Any]) -> Any:
     """Wrap a module, whose `layer` came from `build_layer`, in a DeepSpeed engine with AdamW.
 
@@ -223,6 +240,7 @@ def initialize(module: nn.Module, train: TrainConfig, ds_config: dict[str, Any])
         betas=(train.beta1, train.beta2),
         fused=True,
     )
+    import_muon()
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=ds_config, dist_init_required=False
     )
