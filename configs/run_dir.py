@@ -314,6 +314,8 @@ def find_weights(run_dir: Path, which: str, target: Path, *, verify: bool = True
     """
     if which == "released":
         return target
+    if not which.strip():
+        raise InputError("the name of the checkpoint is empty", _available(run_dir))
     path = Path(which)
     if path.name == WEIGHTS and (path.parent / COMMIT).exists():
         path = path.parent

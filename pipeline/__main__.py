@@ -25,8 +25,10 @@ def _say(number: int) -> int:
     for each in SIGNALS:
         signal.signal(each, signal.SIG_DFL)
     word = "interrupted" if number == signal.SIGINT else "terminated"
-    sys.stderr.write(f"{word}; the same command continues from what is saved\n")
-    sys.stderr.flush()
+    # of the ranks of a machine one says it
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        sys.stderr.write(f"{word}; the same command continues from what is saved\n")
+        sys.stderr.flush()
     return 128 + number
 
 

@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import signal
 import sys
 import textwrap
 import time
@@ -25,6 +26,8 @@ from pipeline.brief import brief
 
 __all__ = ["run"]
 
+# what a launcher takes to see that a rank has ended, and to end the others
+FIRST_RANK_S = 5.0
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 EXIT_CODES = (
     "exit codes: 0 done, 1 failed, 2 bad configuration or usage, 3 input does not match, 130/143 interrupted"
@@ -314,6 +317,18 @@ def _plain(stream: TextIO) -> None:
         stream.reconfigure(errors="backslashreplace")
 
 
+def _leave_to_first_rank() -> None:
+    """Let an error that all ranks of a machine share be said once.
+
+    As the first of them ends, the launcher ends the others, in silence: they wait for it. One that waits in
+    vain has an error of its own.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        time.sleep(FIRST_RANK_S)
+
+
 def run(words: list[str]) -> int:
     """Run one verb and return its exit code; errors are one message, with what to do next."""
     _plain(sys.stdout)
@@ -328,6 +343,7 @@ def run(words: list[str]) -> int:
             _split(args)
         return args.call(args)
     except Layer61Error as error:
+        _leave_to_first_rank()
         say(f"error: {error.message}", style="red")
         if error.hint:
             say(f"hint: {error.hint.replace('layer61 VERB', f'layer61 {verb}')}")

@@ -133,6 +133,22 @@ def test_half_of_a_launchers_environment_is_refused(capsys, tiny_checkpoint, tmp
     assert (code, "WORLD_SIZE" in err) == (2, True), err
 
 
+def test_an_error_that_all_ranks_share_is_said_once():
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    done = subprocess.run([*command, "-m", "pipeline", "fly"], capture_output=True, text=True, check=False)
+    assert done.returncode
+    assert done.stderr.count("error: argument VERB") == 1, done.stderr
+    assert "Traceback" not in done.stderr.partition("torch/distributed")[0]
+
+
+@pytest.mark.parametrize("verb", ["export", "evaluate"])
+def test_an_empty_name_of_a_checkpoint_is_refused_with_what_there_is(capsys, tiny_checkpoint, tmp_path, verb):
+    words = [f"target.path={tiny_checkpoint}", f"run.dir={tmp_path}", f"{verb}.checkpoint=''"]
+    store = write_store(tmp_path / "store", tiny_checkpoint, lengths=[24] * 8)
+    code, _, err = run(capsys, verb, *words, f"train.store={store}")
+    assert (code, "checkpoint is empty" in err, "hint: run layer61 train" in err) == (3, True, True), err
+
+
 def test_a_file_in_the_place_of_the_checkpoints_is_named_before_training(capsys, tiny_checkpoint, tmp_path):
     (tmp_path / "checkpoints").write_text("mine")
     code, _, err = run(capsys, "train", f"target.path={tiny_checkpoint}", f"run.dir={tmp_path}")
@@ -200,13 +216,12 @@ def test_text_that_a_terminal_cannot_show_is_escaped(tmp_path, tiny_checkpoint):
 @pytest.mark.parametrize(
     "verb", ["dump", "train", "export", "evaluate", "verify", "serve", "bench-serve", "demo"]
 )
-def test_dry_run_of_the_real_configuration_needs_no_model(verb, tmp_path):
+def test_dry_run_of_the_real_configuration_needs_no_model(capsys, verb, tmp_path):
     """On a machine that has neither the checkpoint nor the conversations."""
-    command = [sys.executable, "-m", "pipeline", verb, "configs/deepseek-v3.2.toml", "--dry-run"]
-    command += [f"run.dir={tmp_path / 'run'}", f"prompts.path={tmp_path / 'none.jsonl'}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "error" not in done.stderr
+    words = [f"run.dir={tmp_path / 'run'}", f"prompts.path={tmp_path / 'none.jsonl'}"]
+    code, _, err = run(capsys, verb, "configs/deepseek-v3.2.toml", "--dry-run", *words)
+    assert code == 0, err
+    assert "error" not in err
     said = {
         "dump": ["14,341 bytes a token", "is not on this machine"],
         "demo": ["14,341 bytes a token"],
@@ -217,5 +232,5 @@ def test_dry_run_of_the_real_configuration_needs_no_model(verb, tmp_path):
         "export": ["fp8"],
         "evaluate": ["no store"],
     }[verb]
-    assert all(text in done.stderr for text in said), done.stderr
+    assert all(text in err for text in said), err
     assert not (tmp_path / "run").exists()
