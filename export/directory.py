@@ -28,6 +28,7 @@ def write_once(
     identity: dict[str, Any],
     fill: Callable[[Path], dict[str, Any]],
     *,
+    sources: Mapping[str, Path],
     replace: bool = False,
 ) -> tuple[dict[str, Any], bool]:
     """Make a directory, unless the same one is there already, with the right bytes.
@@ -37,6 +38,7 @@ def write_once(
         identity: what decides its bytes, as JSON; with `weights`.
         fill: writes the files into the directory it is given and returns what the manifest says of them;
             entries of `files` that it returns are not computed again.
+        sources: directories of the `weights` and of the `target`, as `fill` notes them.
         replace: put it in the place of another or a damaged export.
 
     Returns:
@@ -47,7 +49,7 @@ def write_once(
         InputError: `directory` holds something else, or a damaged export.
         Layer61Error: the disk is full; what was in `directory` is untouched.
     """
-    if (done := require_free(directory, identity, replace=replace, verify=True)) is not None:
+    if (done := require_free(directory, identity, sources, replace=replace, verify=True)) is not None:
         return done, True
     partial, old = (directory.with_name(f".{directory.name}.{word}") for word in ("partial", "old"))
     for leftover in (partial, old):
@@ -78,13 +80,19 @@ def _entry(path: Path) -> dict[str, Any] | int:
 
 
 def require_free(
-    out: Path, identity: Mapping[str, Any], *, replace: bool = False, verify: bool = False
+    out: Path,
+    identity: Mapping[str, Any],
+    sources: Mapping[str, Path],
+    *,
+    replace: bool = False,
+    verify: bool = False,
 ) -> dict[str, Any] | None:
     """See whether an export can be written to a place.
 
     Args:
         out: where it will be.
         identity: as `write_once`; what is left out of it is not compared.
+        sources: as `write_once`.
         replace: another or a damaged export there does not matter.
         verify: read the bytes of an identical one.
 
@@ -115,10 +123,8 @@ def require_free(
     if differing := [k for k in identity if made_from.get(k) != identity[k]]:
         if replace:
             return None
-        settings = [f"{k} was {made_from.get(k)!r}" for k in differing if isinstance(identity[k], str | int)]
-        weights = [f"its weights are those of {manifest.get('weights')}"] if "weights" in differing else []
-        target = [f"its target was {manifest.get('target')}"] if "target" in differing else []
-        raise InputError(f"{out} holds another export: {'; '.join(weights + target + settings)}", again)
+        said = [_difference(k, made_from.get(k), identity[k], manifest, sources) for k in differing]
+        raise InputError(f"{out} holds another export: {'; '.join(said)}", again)
     if verify:
         try:
             read_export(out)
@@ -127,6 +133,28 @@ def require_free(
                 return None
             raise InputError(f"the export at {out} is damaged: {error.message}", again) from None
     return manifest
+
+
+def _difference(
+    key: str, there: Any, asked: Any, manifest: Mapping[str, Any], sources: Mapping[str, Path]
+) -> str:
+    """How an export that is there differs from the one asked for in an entry of their identities."""
+    if key not in sources:
+        return f"{key} was {there!r}, asked for is {asked!r}"
+    step = manifest.get("step")
+    step = f" (step {step:,})" if key == "weights" and step is not None else ""
+    of = "are those of" if key == "weights" else "is"
+    said = f"its {key} {of} {manifest.get(key)}{step}, asked for {of} {sources[key]}"
+    if not isinstance(there, dict) or not isinstance(asked, dict):
+        return said
+    names = [name for name in sorted(there.keys() | asked.keys()) if there.get(name) != asked.get(name)]
+    found = [f"{name} {_short(there.get(name))}, asked for {_short(asked.get(name))}" for name in names[:3]]
+    return f"{said}: {', '.join(found)}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+
+
+def _short(value: Any) -> str:
+    """A value, or the beginning of a digest."""
+    return "nothing" if value is None else str(value)[:12]
 
 
 def weights_identity(weights: Checkpoint) -> dict[str, str]:

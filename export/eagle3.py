@@ -118,6 +118,7 @@ def export(
         out,
         identity,
         lambda place: _fill(place, weights, target, config, ops, said, size if pruned else 0, keep),
+        sources={"weights": weights.directory, "target": target.directory},
         replace=replace,
     )
     log("export", f"already done: {out} is this export; nothing to do" if reused else f"wrote {what}")

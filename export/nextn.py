@@ -109,6 +109,11 @@ class Plan:
         return (self.target.quantization or FP8_CONFIG).get("scale_fmt") == "ue8m0"
 
     @property
+    def sources(self) -> dict[str, Path]:
+        """Directories that weights and target are read from."""
+        return {"weights": self.weights.directory, "target": self.target.directory}
+
+    @property
     def num_tensors(self) -> int:
         """Tensors of the layer as stored, scales included."""
         return sum(1 + e.quantized for e in self.entries)
@@ -375,7 +380,7 @@ def _summary(errors: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]
 def check_place(plan: Plan, *, replace: bool) -> None:
     """What `export` would refuse about the directory, found without reading a tensor."""
     identity = _identity(plan) if _is_ours(plan.weights) else {"layout": plan.layout}
-    require_free(plan.directory, identity, replace=replace)
+    require_free(plan.directory, identity, plan.sources, replace=replace)
 
 
 def _is_ours(weights: Checkpoint) -> bool:
@@ -418,7 +423,11 @@ def export(
         weights_dir, target_dir, out_dir, layout=layout, quantization=quantization, file_bytes=file_bytes
     )
     manifest, reused = write_once(
-        planned.directory, _identity(planned), lambda out: _write(planned, out), replace=replace
+        planned.directory,
+        _identity(planned),
+        lambda out: _write(planned, out),
+        sources=planned.sources,
+        replace=replace,
     )
     if reused:
         log("export", f"already done: {planned.directory} is this export, all its bytes are right")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import resource
 import stat
 from pathlib import Path
@@ -78,7 +79,8 @@ def test_a_changed_manifest_is_noticed_and_nobody_is_told_to_remove_it(trained, 
 def test_another_checkpoint_takes_the_place_only_when_told_to(trained, tiny_checkpoint, tmp_path):
     out = tmp_path / "nextn"
     nextn.export(tiny_checkpoint, tiny_checkpoint, out)
-    with pytest.raises(InputError, match="its weights are those of") as caught:
+    there = re.escape(f"its weights are those of {tiny_checkpoint}, asked for are those of {trained}")
+    with pytest.raises(InputError, match=there) as caught:
         nextn.export(trained, tiny_checkpoint, out)
     assert "export.replace=true" in caught.value.hint
     assert read_export(out)["step"] is None
@@ -88,6 +90,12 @@ def test_another_checkpoint_takes_the_place_only_when_told_to(trained, tiny_chec
     (out / "notes.txt").rename(tmp_path / "notes.txt")
     nextn.export(trained, tiny_checkpoint, out, replace=True)
     assert read_export(out)["step"] == 7
+    # the same checkpoint trained again: which file, and both digests
+    other = trained_copy(tiny_checkpoint, tmp_path / "step_000009")
+    flip(next(other.rglob("*.safetensors")))
+    digests = r"step_000007.*\(step 7\), asked for are those of .*step_000009.*: \S*safetensors [0-9a-f]{12},"
+    with pytest.raises(InputError, match=digests + r" asked for [0-9a-f]{12}\n"):
+        nextn.export(other, tiny_checkpoint, out)
 
 
 @pytest.mark.parametrize("replace", [False, True])
@@ -115,7 +123,7 @@ def test_the_plan_refuses_what_the_run_would(trained, tiny_checkpoint, tmp_path)
 
     draft.run(config(checkpoint="released"))
     assert "released layer" in draft.plan(config(checkpoint="released"))
-    with pytest.raises(InputError, match="layout was 'nextn'"):
+    with pytest.raises(InputError, match="layout was 'nextn', asked for is 'sglang-legacy'"):
         draft.plan(config(checkpoint="released", layout="sglang-legacy"))
     draft.plan(config(checkpoint="released", layout="sglang-legacy", replace="true"))
     with pytest.raises(ConfigError, match="the target itself"):
