@@ -10,8 +10,8 @@ BIN := .venv/bin
 LOCK := requirements/$(DEVICE).lock
 STAMP := .venv/.installed-$(DEVICE)
 LAYER61 := $(BIN)/layer61
-# a file of tests stays in one process, which shares its fixtures
-TESTS := $(BIN)/python -m pytest -q -n 2 --dist loadfile
+# a file of tests stays in one process, which shares its fixtures; tests/conftest.py says which comes first
+TESTS := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # threads that wait in a busy loop slow everything tenfold once anything else wants a core
 export OMP_WAIT_POLICY ?= PASSIVE

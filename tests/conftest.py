@@ -13,6 +13,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from configs.schema import TinyConfig
 from pipeline.tiny.write import random_checkpoint
 
+# files that take longest, their tests start processes: what two workers begin last must not be one of them
+LONGEST = ("test_launch", "test_checkpoint", "test_trainer", "test_gpu_rehearsal", "test_moe", "test_zero")
+
 CONVERSATIONS = [
     {
         "id": "copy",
@@ -78,6 +81,17 @@ CONVERSATIONS = [
         ],
     },
 ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files that start an engine first, then LONGEST, then the others."""
+    engines = {item.path for item in items if item.get_closest_marker("engine")}
+
+    def place(item: pytest.Item) -> tuple[bool, int]:
+        name = item.path.stem
+        return item.path not in engines, LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")

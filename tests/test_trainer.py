@@ -252,9 +252,9 @@ def test_a_run_of_another_draft_does_not_go_on_from_a_checkpoint(undisturbed, se
     run_dir = tmp_path / "run"
     shutil.copytree(undisturbed, run_dir)
     (run_dir / "config.train.json").unlink()
-    process = start(run_dir, settings, "train.ranks=2", "train.mask_position_0=false")
-    assert process.wait(120) == 3
-    assert "draft.mask_position_0: True, not False" in said(run_dir)
+    config = load_config([], [*settings, f"run.dir={run_dir}", "train.mask_position_0=false"])
+    with pytest.raises(ContractError, match=r"draft.mask_position_0: True, not False"):
+        launch.run(config)
 
 
 def test_learning_rate_warms_up_and_decays_to_its_floor():

@@ -21,7 +21,7 @@ from tests.generated import GeneratedCapture
 from tests.test_dump import changed, questions
 from tests.test_dump import write as write_lines
 
-COUNT, MANY = 96, 800
+COUNT, MANY = 96, 240
 
 
 @pytest.fixture
