@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from configs.errors import InputError
+from configs.errors import ConfigError, InputError
+from configs.schema import RunConfig
 from configs.target import target_config
 
-__all__ = ["ARCHITECTURE", "IDS", "draft_config", "recognise"]
+__all__ = ["ARCHITECTURE", "IDS", "draft_config", "new_config", "recognise", "refuse_layers", "usual_layers"]
 
 ARCHITECTURE = "Eagle3DeepseekV2ForCausalLM"
 IDS = "eagle_aux_hidden_state_layer_ids"
@@ -75,10 +76,62 @@ def draft_config(
     return config
 
 
+def refuse_layers(ids: Sequence[int]) -> None:
+    """Refuse layer inputs that one server would take from other layers.
+
+    Raises:
+        ConfigError: they begin with layer 1.
+    """
+    if list(ids[:1]) == [1]:
+        raise ConfigError(
+            f"an EAGLE-3 draft of the inputs of layers {list(ids)} would be served wrongly: sglang adds 1 to"
+            " all of them where the first is 1",
+            "dump with dump.aux_layers from 2 on",
+        )
+
+
+def usual_layers(target: Mapping[str, Any]) -> list[int]:
+    """The layers that both servers take where a draft names none; of a very small target the last two."""
+    count = target["num_hidden_layers"]
+    return [2, count // 2, count - 3] if count > 8 else [count - 2, count - 1]
+
+
+def new_config(config: RunConfig, target: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
+    """The config.json of the draft that `[eagle3]` describes, with the inputs of these layers.
+
+    Raises:
+        ConfigError: a server would shift the layers.
+    """
+    refuse_layers(layers)
+    settings = config.eagle3
+    size = settings.draft_vocab_size
+    if size is None and settings.head == "trained":
+        size = target["vocab_size"]
+    return draft_config(
+        target,
+        layers,
+        intermediate_size=settings.intermediate_size,
+        carry=settings.carry,
+        fc_norm=settings.fc_norm,
+        draft_vocab_size=size,
+    )
+
+
 # of SHARED: may differ between a draft and its target
 LOOSE = ("max_position_embeddings",)
+# settings of other programs under which servers compute another function than the one trained here
+OTHERWISE = ("norm_before_residual", "mla_use_nope")
 # names of the target's own MTP layer, in directories that carry a config.json of their own
 MTP_ARCHITECTURES = ("DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM", "DeepseekV3ForCausalLMNextN")
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How positions are rotated, in the older form of config.json and the newer one."""
+    found = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    kind, older = found.pop("rope_type", None), found.pop("type", None)
+    # their ratio alone counts, which is 1 in a target
+    found.pop("mscale", None)
+    return {"rope_theta": config.get("rope_theta"), **found, "rope_type": kind or older}
 
 
 def recognise(directory: Path | str, target: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -104,7 +157,7 @@ def recognise(directory: Path | str, target: Mapping[str, Any]) -> dict[str, Any
         raise InputError(
             f"{directory}/config.json says it is {', '.join(names) or 'nothing'}, expected"
             f" {ARCHITECTURE} or an MTP layer of the target",
-            "name an export or a checkpoint of this program",
+            "name a draft of one of these kinds; names of tensors alone do not say what they compute",
         )
     where = f"{directory}/config.json"
     ids = config.get(IDS)
@@ -122,6 +175,9 @@ def recognise(directory: Path | str, target: Mapping[str, Any]) -> dict[str, Any
         for key in SHARED[: SHARED.index("rope_theta")]
         if key in target and key in config and config[key] != target[key] and key not in LOOSE
     ]
+    mine, theirs = _rope(config), _rope(target)
+    other += [f"{key} {mine.get(key)!r}, not {x!r}" for key, x in theirs.items() if mine.get(key) != x]
+    other += [f"{key} is set" for key in OTHERWISE if config.get(key)]
     missing = [key for key in ("hidden_size", "vocab_size", "intermediate_size") if key not in config]
     if other or missing:
         found = "; ".join([*other, *(f"{key} is missing" for key in missing)])

@@ -9,7 +9,7 @@ Faithful to vLLM 0.32.0 (`get_spec_layer_idx_from_weight_name` in `model_executo
     sglang    the draft's; 0 if it has one   the draft's; with an explicit `--quantization`, that one
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ __all__ = [
     "check",
     "check_eagle3",
     "map_problem",
-    "refuse_layers",
     "refuse_name",
     "sglang_parameter",
     "vllm_parameter",
@@ -45,20 +44,6 @@ FUSED = {
     "up_proj": ("gate_up_proj", 1),
 }
 EXPERT = {"gate_proj": ("w13", "w1"), "up_proj": ("w13", "w3"), "down_proj": ("w2", "w2")}
-
-
-def refuse_layers(ids: Sequence[int]) -> None:
-    """Refuse layer inputs that one server would take from other layers.
-
-    Raises:
-        ConfigError: they begin with layer 1.
-    """
-    if list(ids[:1]) == [1]:
-        raise ConfigError(
-            f"an EAGLE-3 draft of the inputs of layers {list(ids)} would be served wrongly: sglang adds 1 to"
-            " all of them where the first is 1",
-            "dump with dump.aux_layers from 2 on",
-        )
 
 
 def map_problem(d2t_N: Tensor, t2d_V: Tensor | None, vocab_size: int) -> str | None:

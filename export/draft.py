@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from configs import run_dir
+from configs.eagle3 import new_config, usual_layers
 from configs.errors import InputError
 from configs.schema import RunConfig
 from configs.target import target_config
@@ -33,22 +34,30 @@ def plan(config: RunConfig) -> str:
     Raises:
         ConfigError, InputError: as `prepare`.
     """
-    target = config.require_target()
-    if config.train.draft == "eagle3":
-        return f"an EAGLE-3 draft, to {config.export_dir.absolute()}"
-    refuse_name(config.export_dir)
+    target, eagle = config.require_target(), config.train.draft == "eagle3"
+    if not eagle:
+        refuse_name(config.export_dir)
     if target.exists():
         try:
-            planned = prepare(**_arguments(config, verify=False))
+            planned = (
+                _prepare_eagle3(config, verify=False)
+                if eagle
+                else prepare(**_arguments(config, verify=False))
+            )
         except InputError as error:
             if run_dir.committed(config.run.dir) or config.export.checkpoint not in ("best", "last"):
                 raise
             waiting = error.message
         else:
-            check_place(planned, replace=config.export.replace)
+            if isinstance(planned, eagle3.Plan):
+                eagle3.check_place(planned, replace=config.export.replace)
+            else:
+                check_place(planned, replace=config.export.replace)
             return planned.describe()
     else:
         waiting = f"there is no target at {target}"
+    if eagle:
+        return f"{_describe_eagle3(config)}; not yet: {waiting}"
     sizes = target_config(target, planning=True)
     as_fp8 = config.export.quantization == "fp8"
     as_fp8 |= config.export.quantization == "auto" and "quantization_config" in sizes
@@ -65,6 +74,21 @@ def plan(config: RunConfig) -> str:
         f"a layer as {config.export.layout}, {'fp8' if as_fp8 else 'unquantised'}: {count:,} tensors,"
         f" {num_bytes / 1e9:,.3f} GB, to {config.export_dir.absolute()}; not yet: {waiting}"
     )
+
+
+def _prepare_eagle3(config: RunConfig, *, verify: bool) -> eagle3.Plan:
+    target = config.require_target()
+    weights = run_dir.find_weights(config.run.dir, config.export.checkpoint, target, verify=verify)
+    return eagle3.prepare(weights, target, config.export_dir, draft_vocab_size=config.export.draft_vocab_size)
+
+
+def _describe_eagle3(config: RunConfig) -> str:
+    """The export of a draft that is not trained yet."""
+    target = target_config(config.require_target(), planning=True)
+    draft = new_config(config, target, config.dump.aux_layers or usual_layers(target))
+    if (size := config.export.draft_vocab_size) is not None and not config.eagle3.draft_vocab_size:
+        draft["draft_vocab_size"] = size
+    return eagle3.describe(draft, config.export_dir.absolute())
 
 
 def ready(config: RunConfig) -> None:

@@ -8,7 +8,9 @@
 Neither embedding nor the target's head is written: servers take the target's.
 """
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +19,20 @@ from torch import Tensor
 
 from configs import run_dir
 from configs.contract import require_trained_for, target_contract, vocabulary
-from configs.eagle3 import IDS, recognise
-from configs.errors import InputError
+from configs.eagle3 import IDS, recognise, refuse_layers
+from configs.errors import ConfigError, InputError
 from configs.files import write_json
 from configs.progress import log
 from export.card import model_card
-from export.check import check_eagle3, refuse_layers
+from export.check import check_eagle3
 from export.checkpoint import Checkpoint
-from export.directory import copy_companions, save, weights_identity, write_once
+from export.directory import copy_companions, require_free, save, weights_identity, write_once
 from export.keymap import Op, account, eagle3_keymap
 
-__all__ = ["export", "prune"]
+__all__ = ["Plan", "check_place", "describe", "export", "prepare", "prune"]
 
 Keep = Callable[[int], Tensor]
+FILE = "model.safetensors"
 
 
 def prune(tensors: Mapping[str, Tensor], head_VD: Tensor, keep_N: Tensor) -> dict[str, Tensor]:
@@ -47,36 +50,78 @@ def prune(tensors: Mapping[str, Tensor], head_VD: Tensor, keep_N: Tensor) -> dic
     return {**tensors, "lm_head.weight": head.contiguous(), "d2t": d2t, "t2d": t2d}
 
 
-def export(
+def describe(config: Mapping[str, Any], out: Path, step: int | None = None) -> str:
+    """One line about an export: its files and their sizes.
+
+    Args:
+        config: config.json as it will be written.
+        out: the directory.
+        step: of the checkpoint it is made from.
+    """
+    sizes = [math.prod(op.shape) * _dtype(op).itemsize for op in eagle3_keymap(config)]
+    tokens = config.get("draft_vocab_size") or config["vocab_size"]
+    of_step = "" if step is None else f" of step {step:,}"
+    return (
+        f"an EAGLE-3 draft{of_step} that can say {tokens:,} tokens, to {out}:"
+        f" {FILE} ({len(sizes)} tensors, {sum(sizes) / 1e9:,.3f} GB in bfloat16), config.json, README.md,"
+        f" {run_dir.META} and the target's tokenizer"
+    )
+
+
+def _dtype(op: Op) -> torch.dtype:
+    return {"d2t": torch.int64, "t2d": torch.bool}.get(op.training, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An export to be.
+
+    Attributes:
+        weights, target: the checkpoints.
+        directory: where it will be.
+        trained: config.json of the weights.
+        config: the one to write.
+        said: `layer61.json` of the weights, empty where there is none.
+        draft_vocab_size: as asked for.
+        prune_to: tokens to keep of a draft with all of them; 0 where it stays as it is.
+    """
+
+    weights: Checkpoint
+    target: Checkpoint
+    directory: Path
+    trained: dict[str, Any]
+    config: dict[str, Any]
+    said: dict[str, Any]
+    draft_vocab_size: int | None
+    prune_to: int
+
+    def describe(self) -> str:
+        return describe(self.config, self.directory, self.said.get("step"))
+
+    @property
+    def sources(self) -> dict[str, Path]:
+        return {"weights": self.weights.directory, "target": self.target.directory}
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the bytes of the directory."""
+        return {
+            "format": 1,
+            "kind": "eagle3",
+            "target": target_contract(self.target.directory).model_dump(mode="json", exclude={"path"}),
+            "weights": weights_identity(self.weights),
+            "draft_vocab_size": self.draft_vocab_size,
+        }
+
+
+def prepare(
     weights_dir: Path | str,
     target_dir: Path | str,
     out_dir: Path | str,
     *,
     draft_vocab_size: int | None = None,
-    keep: Keep | None = None,
-    dry_run: bool = False,
-    replace: bool = False,
-) -> dict[str, Any]:
-    """Write a draft's directory, published by one rename.
-
-    Args:
-        weights_dir: a training checkpoint, its `weights`, or another export.
-        target_dir: the target checkpoint.
-        out_dir: directory to write; an identical export in place is left as it is.
-        draft_vocab_size: tokens to keep of a draft that was trained with all of them.
-        keep: gives the ids of so many tokens, ascending int64 [N].
-        dry_run: check by the headers, say what would be written, and stop.
-        replace: put it in the place of another or a damaged export.
-
-    Returns:
-        `layer61.json` of the directory, with `directory` and `reused`.
-
-    Raises:
-        InputError: the draft is incomplete, not finite, of another architecture or pruned already.
-        ContractError: it was trained for another target.
-        ConfigError: a server would take its layer inputs from other layers.
-    """
-    directory, out = Path(weights_dir).absolute(), Path(out_dir).absolute()
+) -> Plan:
+    """See by headers alone what an export would be; arguments and errors as `export`."""
+    directory = Path(weights_dir).absolute()
     target = Checkpoint(target_dir)
     if (directory / run_dir.WEIGHTS).is_dir():
         directory = directory / run_dir.WEIGHTS
@@ -90,75 +135,100 @@ def export(
     require_trained_for(said.get("contract"), target.directory, f"weights {weights.directory}")
     ops = eagle3_keymap(config)
     account(weights.names, [op.checkpoint[0] for op in ops], str(directory))
-    if draft_vocab_size is not None and config.get("draft_vocab_size") not in (
-        None,
-        draft_vocab_size,
-        config["vocab_size"],
-    ):
+    for op in ops:
+        if weights.shape(op.checkpoint[0]) != op.shape:
+            raise InputError(
+                f"{weights.directory}: {op.checkpoint[0]} has shape {weights.shape(op.checkpoint[0])},"
+                f" expected {op.shape}"
+            )
+    size, whole = config.get("draft_vocab_size"), config["vocab_size"]
+    if draft_vocab_size is not None and size not in (None, draft_vocab_size, whole):
         raise InputError(
-            f"{directory} can say {config['draft_vocab_size']:,} tokens, trained so;"
+            f"{directory} can say {size:,} tokens, trained so;"
             f" export.draft_vocab_size = {draft_vocab_size:,} cannot choose others",
             "leave export.draft_vocab_size out, or train with eagle3.draft_vocab_size",
         )
-    pruned = draft_vocab_size is not None and config.get("draft_vocab_size") != draft_vocab_size
-    step = said.get("step")
-    size = draft_vocab_size or config.get("draft_vocab_size") or config["vocab_size"]
-    what = f"an EAGLE-3 draft{'' if step is None else f' of step {step:,}'}, {size:,} tokens, to {out}"
-    if dry_run:
-        log("export", what)
-        return {"directory": str(out), "tensors": len(ops)}
-    identity = {
-        "format": 1,
-        "kind": "eagle3",
-        "target": target_contract(target.directory).model_dump(mode="json", exclude={"path"}),
-        "weights": weights_identity(weights),
-        "draft_vocab_size": draft_vocab_size,
-    }
+    if draft_vocab_size is not None and draft_vocab_size >= whole:
+        raise ConfigError(
+            f"export.draft_vocab_size = {draft_vocab_size:,}: the target has {whole:,} tokens",
+            "leave export.draft_vocab_size out to keep them all",
+        )
+    prune_to = draft_vocab_size if draft_vocab_size is not None and size != draft_vocab_size else 0
+    written = {**config, "draft_vocab_size": prune_to} if prune_to else config
+    return Plan(weights, target, Path(out_dir).absolute(), config, written, said, draft_vocab_size, prune_to)
+
+
+def check_place(plan: Plan, *, replace: bool) -> None:
+    """What `export` would refuse about the directory, found without reading a tensor."""
+    folder = plan.weights.directory
+    ours = folder.name == run_dir.WEIGHTS and (folder.parent / run_dir.COMMIT).is_file()
+    identity = plan.identity() if ours else {"kind": "eagle3"}
+    require_free(plan.directory, identity, plan.sources, replace=replace)
+
+
+def export(
+    weights_dir: Path | str,
+    target_dir: Path | str,
+    out_dir: Path | str,
+    *,
+    draft_vocab_size: int | None = None,
+    keep: Keep | None = None,
+    replace: bool = False,
+) -> dict[str, Any]:
+    """Write a draft's directory, published by one rename.
+
+    Args:
+        weights_dir: a training checkpoint, its `weights`, or another export.
+        target_dir: the target checkpoint.
+        out_dir: directory to write; an identical export in place is left as it is.
+        draft_vocab_size: tokens to keep of a draft that was trained with all of them.
+        keep: gives the ids of so many tokens, ascending int64 [N].
+        replace: put it in the place of another or a damaged export.
+
+    Returns:
+        `layer61.json` of the directory, with `directory` and `reused`.
+
+    Raises:
+        InputError: the draft is incomplete, not finite, of another architecture or pruned already.
+        ContractError: it was trained for another target.
+        ConfigError: a server would take its layer inputs from other layers, or there are not so many tokens.
+    """
+    planned = prepare(weights_dir, target_dir, out_dir, draft_vocab_size=draft_vocab_size)
     manifest, reused = write_once(
-        out,
-        identity,
-        lambda place: _fill(place, weights, target, config, ops, said, size if pruned else 0, keep),
-        sources={"weights": weights.directory, "target": target.directory},
+        planned.directory,
+        planned.identity(),
+        lambda place: _fill(place, planned, keep),
+        sources=planned.sources,
         replace=replace,
     )
-    log("export", f"already done: {out} is this export; nothing to do" if reused else f"wrote {what}")
+    out = planned.directory
+    log(
+        "export",
+        f"already done: {out} is this export; nothing to do" if reused else f"wrote {planned.describe()}",
+    )
     return {**manifest, "directory": str(out), "reused": reused}
 
 
-def _fill(
-    place: Path,
-    weights: Checkpoint,
-    target: Checkpoint,
-    config: dict[str, Any],
-    ops: tuple[Op, ...],
-    said: dict[str, Any],
-    prune_to: int,
-    keep: Keep | None,
-) -> dict[str, Any]:
+def _fill(place: Path, plan: Plan, keep: Keep | None) -> dict[str, Any]:
     """Write the files; returns what the manifest says of them."""
+    weights, target, config, said = plan.weights, plan.target, plan.config, plan.said
     tensors: dict[str, Tensor] = {}
     draft = dict(said.get("draft") or {})
-    for op in ops:
+    for op in eagle3_keymap(plan.trained):
         name = op.checkpoint[0]
         tensor = weights.get(name)
-        if tensor.shape != op.shape:
-            raise InputError(
-                f"{weights.directory}: {name} has shape {tuple(tensor.shape)}, expected {op.shape}"
-            )
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise InputError(
                 f"{weights.directory}: {name} holds NaN or infinite values",
                 "training diverged before this checkpoint; export an earlier one",
             )
-        tensors[name] = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
-    if prune_to:
+        tensors[name] = tensor.to(_dtype(op))
+    if plan.prune_to:
         assert keep is not None
-        kept = keep(prune_to)
+        kept = keep(plan.prune_to)
         tensors = prune(tensors, target.get("lm_head.weight", dtype=torch.bfloat16), kept)
-        config = {**config, "draft_vocab_size": prune_to}
         draft["vocabulary"] = vocabulary(kept.tolist()).model_dump(mode="json")
-    file = "model.safetensors"
-    entry = save(place / file, {name: tensor.contiguous() for name, tensor in tensors.items()})
+    entry = save(place / FILE, {name: tensor.contiguous() for name, tensor in tensors.items()})
     write_json(place / "config.json", config)
     copy_companions(target.directory, place)
     problems = check_eagle3(place, target.directory)
@@ -177,7 +247,7 @@ def _fill(
         "tensors": len(tensors),
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),
         "servers": servers,
-        "files": {file: entry},
+        "files": {FILE: entry},
     }
     acceptance = (said.get("metrics") or {}).get("acceptance_length")
     (place / "README.md").write_text(model_card(manifest, acceptance, target.config), encoding="utf-8")

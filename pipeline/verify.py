@@ -21,11 +21,13 @@ from configs.contract import target_contract
 from configs.errors import InputError
 from configs.files import read_json, sha256_file, sha256_json, write_json
 from configs.held_out import is_held_out, require_recorded, uid_group
-from configs.progress import log
+from configs.progress import console, log
 from configs.provenance import vllm_version
 from configs.schema import MOST_DRAFTS, RunConfig
 from export.checkpoint import Checkpoint
+from export.cost import draft_cost
 from export.directory import weights_identity
+from pipeline.comparison import acceptance_rows, cost_rows, table
 from pipeline.conversations import input_exists
 from pipeline.greedy import compare
 from pipeline.measure import measure, read_logits
@@ -77,8 +79,9 @@ def verify(
     Returns:
         `drafts`, by name: `acceptance_length` = 1 + accepted drafts a step, `acceptance_per_position`,
         `num_drafts`, `num_accepted_per_position`, `num_output_tokens`, `seconds`, `greedy` (as
-        `greedy.compare`), and `sampled`: the same at `temperature`, or None; `plain`: speed, and the target's
-        own `noise`; `num_prompts`, `view`, `versions`.
+        `greedy.compare`), and `sampled`: the same at `temperature`, or None; `kind`, `mtp` or `eagle3`, and
+        what it costs, as `export.cost.draft_cost`; `plain`: speed, and the target's own `noise`;
+        `num_prompts`, `view`, `versions`.
 
     Raises:
         InputError: a draft does not load beside this target, or a prompt is empty or too long.
@@ -125,7 +128,11 @@ def verify(
             mine = {"engine": {**base, "speculative_config": speculative}, "logits": None}
             kept = folder / f"draft-{sha256_json(name)[:8]}.json"
             measured = _measured(name, kept, made_from, {**job, **mine, "temperature": temperature})
-            figures[name] = _figures(plain, measured, logits, num_speculative_tokens, temperature)
+            figures[name] = {
+                "kind": speculative["method"],
+                **draft_cost(None if directory is None else Checkpoint(directory), target),
+                **_figures(plain, measured, logits, num_speculative_tokens, temperature),
+            }
     return {
         "drafts": figures,
         "plain": _speed(plain) | {"start_seconds": plain["start_seconds"], "noise": plain["noise"]},
@@ -370,6 +377,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     result |= {"before": drafts.get("released"), "after": drafts.get("trained")}
     result["greedy"] = result["after"] and result["after"]["greedy"]
     write_json(config.run.dir / run_dir.VERIFICATION, result)
+    console.print(table("Drafts beside one another", drafts, [acceptance_rows(drafts), cost_rows(drafts)]))
     own = result["plain"]["noise"]
     for name, figures in drafts.items():
         log("verify", f"{name}: {_said(figures)}")

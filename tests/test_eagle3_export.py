@@ -2,19 +2,23 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from configs.eagle3 import draft_config
-from configs.errors import InputError
+from configs.errors import ConfigError, InputError
 from configs.files import write_json
+from configs.load import load_config
+from export import draft
 from export.check import check_eagle3
 from export.checkpoint import Checkpoint
 from export.eagle3 import export
 from export.keymap import eagle3_keymap
 from pipeline.tiny.write import random_checkpoint
+from train import launch
 from train.model import load_layer
 
 AUX = (2, 3)
@@ -126,3 +130,37 @@ def test_a_draft_that_is_not_finite_is_not_exported(tmp_path, target):
     with pytest.raises(InputError, match=r"fc.weight holds NaN"):
         export(weights, target, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_plans_of_the_real_run_say_what_is_read_what_it_needs_and_what_is_written(tmp_path):
+    """On a machine without the target: the states of a token, memory of one GPU, files and their sizes."""
+    real = Path(__file__).parent.parent / "configs/deepseek-v3.2-eagle3.toml"
+    settings = [f"run.dir={tmp_path / 'run'}", f"target.path={tmp_path / 'absent'}"]
+    config = load_config([real], settings)
+    plan = launch.plan(config)
+    assert (plan.trainable, plan.frozen, plan.ranks) == (752_777_216, 0, 1)
+    assert "57,344 bytes of states read for a token" in str(plan)
+    assert 30 < sum(plan.memory_bytes.values()) / 2**30 < 45
+    said = draft.plan(config)
+    assert "129,280 tokens" in said
+    assert "model.safetensors (15 tensors, 1.506 GB in bfloat16), config.json, README.md" in said
+    assert "not yet: there is no target" in said
+    pruned = draft.plan(load_config([real], [*settings, "export.draft_vocab_size=32_000"]))
+    # a head of 32,000 rows in two bytes, maps of eight and one
+    assert f"32,000 tokens, to {tmp_path}" in pruned
+    assert "18 tensors, 1.965 GB" in pruned
+
+
+def test_a_dry_run_says_what_the_export_then_writes_and_refuses_what_it_would(tmp_path, target):
+    weights = write_draft(tmp_path / "weights", target)
+    words = ["train.draft=eagle3", f"run.dir={tmp_path / 'run'}", f"target.path={target}"]
+    words += [f"export.checkpoint={weights}", f"export.dir={tmp_path / 'out'}"]
+    said = draft.plan(load_config([], words))
+    made = draft.run(load_config([], words))
+    assert f"({made['tensors']} tensors, {made['bytes'] / 1e9:,.3f} GB" in said
+    with pytest.raises(ConfigError, match="the target has 512 tokens"):
+        draft.plan(load_config([], [*words, "export.draft_vocab_size=512"]))
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/notes").touch()
+    with pytest.raises(InputError, match="not an export of this program"):
+        draft.plan(load_config([], [*words, f"export.dir={tmp_path / 'taken'}"]))

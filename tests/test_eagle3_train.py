@@ -162,7 +162,7 @@ def test_a_draft_of_another_store_or_architecture_is_refused(tmp_path, plain, se
         ({"architectures": ["LlamaForCausalLMEagle3"]}, "LlamaForCausalLMEagle3"),
         ({"eagle_aux_hidden_state_layer_ids": [2, 9]}, "layers \\[2, 9\\]"),
         ({"hidden_size": 128}, "hidden_size 128, not 64"),
-        ({"draft_vocab_size": 40}, "missing: d2t, lm_head.weight, t2d"),
+        ({"draft_vocab_size": 40}, "can say 40 of 512 tokens, and has no d2t"),
     ):
         (copy / "config.json").write_text(json.dumps(said | changes))
         with pytest.raises(InputError, match=message):

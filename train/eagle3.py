@@ -31,7 +31,7 @@ from train.blocks import MLP, Attention
 from train.dims import Dims
 from train.loss import head_loss
 
-__all__ = ["NOT_RANDOM", "Eagle3Layer", "initial_tensors"]
+__all__ = ["NOT_RANDOM", "Eagle3Layer", "initial_tensors", "maps"]
 
 # what a new draft takes from the target and its store
 NOT_RANDOM = ("own_head.weight", "d2t", "t2d")
@@ -149,3 +149,10 @@ def initial_tensors(
             continue
         generator = torch.Generator().manual_seed(crc32(f"{seed} {op.training}".encode()))
         yield op.training, torch.empty(op.shape).normal_(0, std, generator=generator).to(dtype)
+
+
+def maps(keep_N: Tensor, vocab_size: int) -> dict[str, Tensor]:
+    """The two maps that servers read: d2t int64 [N], target id less draft id; t2d bool [V]."""
+    t2d = torch.zeros(vocab_size, dtype=torch.bool)
+    t2d[keep_N] = True
+    return {"d2t": keep_N - torch.arange(len(keep_N)), "t2d": t2d}

@@ -12,17 +12,19 @@ from typing import Any
 import numpy as np
 
 from configs.contract import require_same
+from configs.eagle3 import IDS, new_config, usual_layers
 from configs.errors import ConfigError, InputError, StoreError, StoreNotFoundError
 from configs.run_dir import META, directory, find_weights, read_meta
 from configs.schema import RunConfig, TrainConfig
 from configs.target import target_config
 from export.check import refuse_name
+from export.checkpoint import Checkpoint
 from export.keymap import draft_keymap
 from featurestore import FeatureStore, steps_per_epoch
 from train.batch import open_split
 from train.cost import activation_bytes
 from train.sparse import check_attention
-from train.start import new_config
+from train.start import check_weights, stored_layers
 
 __all__ = [
     "Plan",
@@ -62,6 +64,7 @@ class Plan:
         tables: elements of embedding and head.
         ranks: ranks over which ZeRO partitions.
         memory_bytes: peak memory of a rank, by use.
+        state_bytes: states of a token that training reads.
         tokens_per_step: most tokens of an optimizer step.
         documents, tokens: what the store holds for training; None where there is no store yet.
         checkpoint_bytes, kept: size of a checkpoint, and how many lie on the disk at most.
@@ -75,6 +78,7 @@ class Plan:
     tables: int
     ranks: int
     memory_bytes: dict[str, int]
+    state_bytes: int
     tokens_per_step: int
     documents: int | None
     tokens: int | None
@@ -106,6 +110,7 @@ class Plan:
             f"a checkpoint is {self.checkpoint_bytes / GIB:.1f} GiB; at most {self.kept} lie on the disk,"
             f" with the best and one being written: {self.kept * self.checkpoint_bytes / GIB:.1f} GiB\n"
             f"{data}\n"
+            f"{self.state_bytes:,} bytes of states read for a token\n"
             f"{steps}"
         )
 
@@ -287,8 +292,9 @@ def _memory(
     train, ranks = config.train, num_ranks(config.train)
     size = 2 if train.dtype == "bfloat16" else 4
     D, F, E = model["hidden_size"], model["moe_intermediate_size"], model["n_routed_experts"]
+    states = 1
     if draft is not None:
-        F, E = draft["intermediate_size"], 1
+        F, E, states = draft["intermediate_size"], 1, 1 + len(draft[IDS])
     on_gpu = size == 2
     forward, left = activation_bytes(
         model,
@@ -315,7 +321,7 @@ def _memory(
         "layer": (trainable + frozen) * size,
         "embedding and head": tables * size,
         largest: peaks[largest],
-        "batches read ahead": 0 if on_gpu else 4 * train.tokens_per_rank * D * size,
+        "batches read ahead": 0 if on_gpu else 4 * train.tokens_per_rank * states * D * size,
         "runtime": OVERHEAD_BYTES if on_gpu else GIB // 2,
     }
 
@@ -347,14 +353,18 @@ def plan(config: RunConfig) -> Plan:
     if train.draft == "mtp":
         refuse_name(config.export_dir)  # now, not after the days that training takes
     model = target_config(config.require_target(), planning=True)
-    draft = None
+    store = _open(config)
+    draft, layers = None, []
     if train.draft != "mtp":
-        layers = model["num_hidden_layers"]
-        draft = new_config(config, model, list(config.dump.aux_layers) or [2, layers // 2, layers - 3])
+        there = None if store is None else stored_layers(store, model)
+        layers = there or list(config.dump.aux_layers) or usual_layers(model)
+        draft = new_config(config, model, layers)
     trainable = frozen = 0
     ops = draft_keymap(model, draft)
     check_sinks(train)
-    initial_weights(config, verify=False)
+    weights = initial_weights(config, verify=False)
+    if weights is not None and config.require_target().exists():
+        check_weights(weights, Checkpoint(config.require_target()), draft)
     check_prefixes([op.training for op in ops if not op.training.endswith((BIAS, *MAPS))], train)
     for op in ops:
         count = math.prod(op.shape)
@@ -365,7 +375,7 @@ def plan(config: RunConfig) -> Plan:
         else:
             trainable += count
     tables = 2 * model["vocab_size"] * model["hidden_size"]
-    data = _data(config)
+    data = _data(config, store)
     # without a store every token may be an anchor
     anchors = data.pop("anchors") or train.tokens_per_rank
     longest = data.pop("longest") or config.prompts.max_length
@@ -377,6 +387,8 @@ def plan(config: RunConfig) -> Plan:
         tables=tables,
         ranks=num_ranks(train),
         memory_bytes=_memory(config, model, draft, trainable, frozen, tables, anchors, longest),
+        # bfloat16
+        state_bytes=2 * (1 + len(layers)) * model["hidden_size"],
         tokens_per_step=train.tokens_per_rank * num_ranks(train) * train.gradient_accumulation_steps,
         # master weights and two moments; what is served, in bfloat16
         checkpoint_bytes=12 * trainable + 2 * (trainable + frozen),
@@ -385,12 +397,18 @@ def plan(config: RunConfig) -> Plan:
     )
 
 
-def _data(config: RunConfig) -> dict[str, Any]:
+def _open(config: RunConfig) -> FeatureStore | None:
+    """The store, None where there is none yet."""
+    try:
+        return open_split(config)
+    except StoreNotFoundError:
+        return None
+
+
+def _data(config: RunConfig, store: FeatureStore | None) -> dict[str, Any]:
     """Documents, tokens and steps, as far as the store is there."""
     path, train = config.train_store_path, config.train
-    try:
-        store = open_split(config)
-    except StoreNotFoundError:
+    if store is None:
         return {
             "anchors": None,
             "longest": None,

@@ -11,18 +11,17 @@ from torch import Tensor
 
 from configs import contract
 from configs.contract import aux_layers
-from configs.eagle3 import draft_config
+from configs.eagle3 import IDS, new_config, usual_layers
 from configs.errors import ContractError, InputError
 from configs.schema import RunConfig
-from export.check import refuse_layers
 from export.checkpoint import Checkpoint
 from export.keymap import Op, draft_keymap
 from featurestore import FeatureStore
-from train.eagle3 import initial_tensors
-from train.model import eagle3_config, layer_tensors
-from train.vocabulary import describe, kept_tokens, maps, stop_ids, token_counts
+from train.eagle3 import initial_tensors, maps
+from train.model import eagle3_config, kept_in, layer_tensors
+from train.vocabulary import describe, kept_tokens, stop_ids, token_counts
 
-__all__ = ["Start", "new_config", "released", "start"]
+__all__ = ["Start", "check_weights", "released", "start", "stored_layers"]
 
 
 @dataclass(frozen=True)
@@ -52,15 +51,13 @@ class Start:
         """The first values by training name, in the order of `ops`; from `weights` where they are given.
 
         Raises:
-            InputError: `weights` hold another draft than the settings describe.
+            InputError: `weights` are incomplete, or have a head of their own where the target's is to serve.
         """
-        if weights is not None and draft_keymap(target.config, eagle3_config(weights, target)) != self.ops:
-            raise InputError(
-                f"train.init_from: {weights} holds another kind or other sizes of draft than this run trains",
-                "set train.draft and [eagle3] to those of the weights",
-            )
         if weights is not None or self.draft is None:
-            yield from layer_tensors(target, weights, dtype=dtype)
+            for name, tensor in layer_tensors(target, weights, dtype=dtype):
+                if name == "own_head.weight" and self.contract.head == "target":
+                    self._require_rows(tensor, target, str(weights))
+                yield name, tensor
             return
         std = target.config.get("initializer_range") or 0.02
         yield from initial_tensors(self.ops, std, seed, dtype=dtype)
@@ -70,26 +67,15 @@ class Start:
         if self.keep is not None:
             yield from maps(self.keep, target.config["vocab_size"]).items()
 
-
-def new_config(config: RunConfig, target: dict[str, Any], layers: list[int]) -> dict[str, Any]:
-    """The config.json of the draft that `[eagle3]` describes, with the inputs of these layers.
-
-    Raises:
-        ConfigError: a server would shift the layers.
-    """
-    refuse_layers(layers)
-    settings = config.eagle3
-    size = settings.draft_vocab_size
-    if size is None and settings.head == "trained":
-        size = target["vocab_size"]
-    return draft_config(
-        target,
-        layers,
-        intermediate_size=settings.intermediate_size,
-        carry=settings.carry,
-        fc_norm=settings.fc_norm,
-        draft_vocab_size=size,
-    )
+    def _require_rows(self, head_ND: Tensor, target: Checkpoint, weights: str) -> None:
+        """Refuse a head that is not made of the target's rows. Raises InputError."""
+        rows_ND = target.get("lm_head.weight")
+        rows_ND = rows_ND if self.keep is None else rows_ND[self.keep]
+        if not torch.equal(head_ND.bfloat16(), rows_ND.bfloat16()):
+            raise InputError(
+                f"train.init_from: {weights} has a head of its own, not rows of the target's",
+                "set eagle3.head = 'trained' to go on with it",
+            )
 
 
 def released(target: dict[str, Any], mask_position_0: bool = True, *, sparse: bool = False) -> Start:
@@ -99,28 +85,104 @@ def released(target: dict[str, Any], mask_position_0: bool = True, *, sparse: bo
     return Start(None, draft_keymap(target, None), said, None)
 
 
-def start(config: RunConfig, store: FeatureStore, target: Checkpoint, *, sparse: bool = False) -> Start:
-    """Settle what a run trains, with sparse attention or not; all ranks call this.
+def stored_layers(store: FeatureStore, target: dict[str, Any]) -> list[int]:
+    """Layers whose inputs a store holds.
+
+    Raises:
+        ContractError: it holds none.
+    """
+    layers = aux_layers(store.contract)
+    if not layers:
+        raise ContractError(
+            f"the store {store.url} holds no layer inputs, from which an EAGLE-3 draft starts",
+            f"dump into a new store with dump.aux_layers = {usual_layers(target)}",
+        )
+    return layers
+
+
+def _settings(draft: dict[str, Any]) -> dict[str, Any]:
+    """The settings that make a draft of this config.json; whose rows a pruned head has it does not say."""
+    size, whole = draft.get("draft_vocab_size"), draft["vocab_size"]
+    pruned = bool(size) and size != whole
+    return {
+        "dump.aux_layers": list(draft[IDS]),
+        "eagle3.intermediate_size": draft["intermediate_size"],
+        "eagle3.carry": "post_norm" if draft.get("norm_output") else "pre_norm",
+        "eagle3.fc_norm": bool(draft.get("fc_norm")),
+        "eagle3.draft_vocab_size": size if pruned else None,
+        "eagle3.head": None if pruned else "trained" if size else "target",
+    }
+
+
+def check_weights(weights: Path, target: Checkpoint, draft: dict[str, Any] | None) -> None:
+    """Refuse weights of another draft than the settings describe.
+
+    Args:
+        weights: what `train.init_from` means.
+        target: the target.
+        draft: config.json of the draft to train; None for the MTP layer.
+
+    Raises:
+        InputError: says what has to be set.
+    """
+    held = eagle3_config(weights, target)
+    if draft is None or held is None:
+        if draft is not held:
+            kinds = ("mtp", "an MTP layer"), ("eagle3", "an EAGLE-3 draft")
+            setting, kind = kinds[held is not None]
+            raise InputError(
+                f"train.init_from: {weights} is {kind}, not what train.draft says",
+                f"set train.draft = {setting}",
+            )
+        return
+    wanted, found = _settings(draft), _settings(held)
+    if differing := [key for key in wanted if wanted[key] != found[key]]:
+        raise InputError(
+            f"train.init_from: {weights} was made with "
+            + ", ".join(f"{key} = {found[key]!r}, not {wanted[key]!r}" for key in differing),
+            "set them so, or start from other weights"
+            + ("; other layer inputs need another store" if "dump.aux_layers" in differing else ""),
+        )
+
+
+def start(
+    config: RunConfig,
+    store: FeatureStore,
+    target: Checkpoint,
+    *,
+    sparse: bool = False,
+    weights: Path | None = None,
+    saved: Path | None = None,
+) -> Start:
+    """Settle what a run trains; all ranks call this.
+
+    Args:
+        config: the settings.
+        store: the store.
+        target: the target.
+        sparse: with the indexer's attention.
+        weights: what `train.init_from` means, for a run that begins.
+        saved: the weights of the checkpoint that a run goes on from. Its vocabulary, or that of `weights`, is
+            kept, whatever the store holds by now.
 
     Raises:
         ContractError: the store lacks the states that the draft needs.
         ConfigError: the settings do not fit the target.
+        InputError: `weights` are of another draft.
     """
     if config.train.draft == "mtp":
+        if weights is not None:
+            check_weights(weights, target, None)
         return released(target.config, config.train.mask_position_0, sparse=sparse)
-    layers = aux_layers(store.contract)
-    if not layers:
-        count = target.config["num_hidden_layers"]
-        usual = [2, count // 2, count - 3] if count > 8 else [count - 2, count - 1]
-        raise ContractError(
-            f"the store {store.url} holds no layer inputs, from which an EAGLE-3 draft starts",
-            f"dump into a new store with dump.aux_layers = {usual}",
-        )
+    layers = stored_layers(store, target.config)
     draft, settings = new_config(config, target.config, layers), config.eagle3
+    if weights is not None:
+        check_weights(weights, target, draft)
     keep = None
     if settings.draft_vocab_size is not None:
-        found: list[Any] = [None]
-        if dist.get_rank() == 0:
+        made = saved or weights
+        found = [None if made is None else kept_in(made, draft)]
+        if found[0] is None and dist.get_rank() == 0:
             counts = token_counts(store, target.config["vocab_size"])
             size = settings.draft_vocab_size
             found = [kept_tokens(counts, size, stop_ids(target.config), "eagle3.draft_vocab_size")]

@@ -24,7 +24,7 @@ from configs.files import write_json
 from configs.held_out import describe, read_record
 from configs.lock import hold
 from configs.progress import log, task
-from configs.run_dir import HELD_OUT, METRICS, clean, directory, verb_lock
+from configs.run_dir import HELD_OUT, METRICS, WEIGHTS, clean, directory, verb_lock
 from configs.schema import RunConfig, TrainConfig
 from export.checkpoint import Checkpoint
 from featurestore import FeatureStore, Loader
@@ -242,12 +242,20 @@ def _open(config: RunConfig, rank: int, world: int) -> _Run:
     settings, first = config.train, rank == 0
     store, target = open_split(config), Checkpoint(config.require_target())
     _check(config, store, target, first)
-    attention = decide(settings, target.config, store, zero.device())
-    plan = start(config, store, target, sparse=attention.sparse)
     if first:
         for change in clean(config.run.dir):
             log("train", change)
     saved = checkpoint.newest(config.run.dir)
+    weights = initial_weights(config, verify=first) if saved is None else None
+    attention = decide(settings, target.config, store, zero.device())
+    plan = start(
+        config,
+        store,
+        target,
+        sparse=attention.sparse,
+        weights=weights,
+        saved=saved and saved.path / WEIGHTS,
+    )
     if saved is not None:
         agreed, what = _contracts(store, plan), f"checkpoint {saved.path} and this run"
         held = {key: saved.meta.get(key) for key in agreed}
@@ -267,7 +275,6 @@ def _open(config: RunConfig, rank: int, world: int) -> _Run:
 
     # the layer is partitioned from its first byte on
     ds_config = zero.deepspeed_config(settings, num_parameters=sum(math.prod(op.shape) for op in plan.ops))
-    weights = initial_weights(config, verify=first) if saved is None else None
     if weights is not None:
         check_initial(weights, store)
     seed = config.run.seed

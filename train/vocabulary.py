@@ -18,7 +18,7 @@ from configs.target import target_config
 from featurestore import FeatureStore
 from train.batch import open_split
 
-__all__ = ["choose", "describe", "kept_tokens", "maps", "stop_ids", "token_counts"]
+__all__ = ["choose", "describe", "kept_tokens", "stop_ids", "token_counts"]
 
 
 def token_counts(store: FeatureStore, vocab_size: int) -> np.ndarray:
@@ -73,13 +73,6 @@ def choose(config: RunConfig, size: int) -> Tensor:
     target = target_config(config.require_target())
     counts = token_counts(open_split(config), target["vocab_size"])
     return kept_tokens(counts, size, stop_ids(target), "export.draft_vocab_size")
-
-
-def maps(keep_N: Tensor, vocab_size: int) -> dict[str, Tensor]:
-    """The two maps that servers read: d2t int64 [N], target id less draft id; t2d bool [V]."""
-    t2d = torch.zeros(vocab_size, dtype=torch.bool)
-    t2d[keep_N] = True
-    return {"d2t": keep_N - torch.arange(len(keep_N)), "t2d": t2d}
 
 
 def describe(keep_N: Tensor | None) -> contract.Vocabulary | None:
