@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 from configs import run_dir
 from configs.errors import InputError
 from configs.files import atomic_write, read_json
-from pipeline.comparison import acceptance_rows, cost_rows
 
 __all__ = ["write"]
 
@@ -117,14 +116,12 @@ def _served(path: Path) -> str:
     before, after = served.get("before"), served.get("after")
     if not before or not after:
         return ""
-    drafts = served["drafts"]
-    rows = acceptance_rows(drafts)
-    # measurements of earlier versions say nothing of costs
-    if all("bytes" in draft for draft in drafts.values()):
-        rows += cost_rows(drafts)
-    names = [Path(name).name for name in drafts]
-    shown = _bars(before["acceptance_per_position"], after["acceptance_per_position"])
-    return shown + _table(["served in vLLM", *names], rows)
+    rows = [["acceptance length", f"{before['acceptance_length']:.3f}", f"{after['acceptance_length']:.3f}"]]
+    pairs = zip(before["acceptance_per_position"], after["acceptance_per_position"], strict=True)
+    rows += [[f"accepted at position {k + 1}", f"{a:.1%}", f"{b:.1%}"] for k, (a, b) in enumerate(pairs)]
+    return _bars(before["acceptance_per_position"], after["acceptance_per_position"]) + _table(
+        ["served in vLLM", "released", "trained"], rows
+    )
 
 
 def _acceptance(run: Path) -> str:
