@@ -450,6 +450,30 @@ class FeatureStore:
                 if into is not filled:
                     into[:] = filled
 
+    def masked_in(self, number: int) -> np.ndarray:
+        """Tokens of a part that the target would have to produce, held-out documents left out; uint32 [N].
+
+        Reads the part's ids and mask at once, and no states.
+
+        Args:
+            number: of the part in the manifest.
+
+        Raises:
+            StoreCorruptError: an object is missing, short or altered.
+        """
+        tokens = self.manifest["parts"][number]["tokens"]
+        part = self._part(number)
+        ids, mask = np.empty(tokens, np.uint32), np.empty(tokens, np.uint8)
+        shards = part["input_ids"], part["loss_mask"]
+        windows = self.objects.windows([(shard.file, *shard.span(0, tokens)) for shard in shards])
+        for shard, window, out in zip(shards, windows, (ids, mask), strict=True):
+            shard.read(window, 0, tokens, out.data.cast("B"))
+        wanted = np.zeros(tokens, bool)
+        chosen = (self._index["part"] == number) & ~self.held_out
+        for first, length in zip(self._index["start"][chosen], self.length[chosen], strict=True):
+            wanted[int(first) : int(first) + int(length)] = True
+        return ids[wanted & mask.view(bool)]
+
     def _part(self, number: int) -> dict[str, Shard]:
         with self._lock:
             part = self._parts.get(number)

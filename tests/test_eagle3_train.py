@@ -183,3 +183,13 @@ def test_every_verb_takes_an_eagle3_run_and_a_path_that_says_so(
         verify.plan(config.model_copy(update={"train": config.train.model_copy(update={"draft": "mtp"})}))
     with pytest.raises(ConfigError, match="an MTP draft has the target's head"):
         load_config([], ["export.draft_vocab_size=40"])
+
+
+def test_tokens_are_counted_by_document_the_held_out_ones_left_out(store, target):
+    opened, size = open_store(store), Checkpoint(target).config["vocab_size"]
+    by_hand = torch.zeros(size, dtype=torch.int64)
+    for document in opened:
+        if not document.held_out:
+            by_hand += torch.bincount(document.input_ids[document.loss_mask], minlength=size)
+    assert opened.held_out.any()
+    assert torch.equal(torch.from_numpy(token_counts(opened, size)), by_hand)
