@@ -6,6 +6,7 @@ of a feed-forward and the residual, they sum the part over the ranks in their fi
 again. The ranks, their groups and the sum are vLLM's own, on gloo.
 """
 
+import os
 import socket
 import subprocess
 import sys
@@ -85,6 +86,8 @@ def test_layer_inputs_are_summed_over_two_tensor_parallel_ranks():
         subprocess.Popen(
             [sys.executable, "-c", code, str(rank), str(port)],
             cwd=Path(__file__).parent.parent,
+            # of different names: ranks that share one pass memory instead of messages
+            env=os.environ | {"VLLM_DIST_IDENT": f"rank-{rank}"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -72,7 +72,8 @@ def take_inputs(layers: nn.ModuleList, chosen: list[int]) -> list[torch.Tensor]:
 
     def take(_: nn.Module, arguments: tuple[Any, ...]) -> None:
         part, residual = arguments[1:3]
-        taken.append(tensor_model_parallel_all_reduce(part) + residual)
+        # some devices sum in place, and the layer sums the part again
+        taken.append(tensor_model_parallel_all_reduce(part.clone()) + residual)
 
     for k in chosen:
         layers[k].register_forward_pre_hook(take)
