@@ -7,6 +7,7 @@ import torch
 
 from configs import run_dir
 from configs.contract import require_same, target_contract
+from configs.eagle3 import ARCHITECTURE, recognise
 from configs.errors import InputError
 from configs.schema import RunConfig
 from export.check import check, check_eagle3, refuse_name
@@ -33,7 +34,7 @@ def view_of(view: Literal["auto", "native", "v3"]) -> Literal["native", "v3"]:
 
 def is_eagle3(draft: Path) -> bool:
     """Whether a draft directory holds an EAGLE-3 layer, by its architecture."""
-    return str(Checkpoint(draft).config.get("architectures", [""])[0]).startswith("Eagle3")
+    return ARCHITECTURE in (Checkpoint(draft).config.get("architectures") or [])
 
 
 def draft_path(config: RunConfig, draft: str) -> Path | None:
@@ -88,7 +89,7 @@ def require_draft(target: Checkpoint, draft: Path | None) -> None:
         target.mtp_names()
         refuse_name(target.directory, "target.path")
         return
-    if is_eagle3(draft):
+    if recognise(draft, target.config) is not None:
         if problems := check_eagle3(draft, target.directory)["vllm"]:
             raise InputError(
                 f"{draft} is not a vLLM draft for {target.directory}: {problems[0]}", "export it again"

@@ -84,7 +84,7 @@ def test_a_random_start_learns_and_its_checkpoint_is_a_draft_of_its_own_kind(pla
     assert meta["draft"]["mask_position_0"] is False
 
 
-def test_the_start_depends_on_the_seed_alone(tmp_path, settings):
+def test_the_start_depends_on_the_seed_alone(tmp_path, settings, target):
     short = ["train.max_steps=1", "train.learning_rate=1e-12", "train.checkpoint_every=1"]
     layers = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -93,6 +93,8 @@ def test_the_start_depends_on_the_seed_alone(tmp_path, settings):
         layers.append(weights.get("fc.weight"))
     assert torch.equal(layers[0], layers[1])
     assert not torch.equal(layers[0], layers[2])
+    # but for the norm before the head, which is the target's own
+    assert torch.equal(weights.get("norm.weight"), Checkpoint(target).get("model.norm.weight"))
 
 
 def test_a_run_goes_on_from_its_checkpoint_with_the_same_result(tmp_path, plain, settings):

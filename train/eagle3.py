@@ -34,7 +34,7 @@ from train.loss import head_loss
 __all__ = ["NOT_RANDOM", "Eagle3Layer", "initial_tensors", "maps"]
 
 # what a new draft takes from the target and its store
-NOT_RANDOM = ("own_head.weight", "d2t", "t2d")
+NOT_RANDOM = ("norm.weight", "own_head.weight", "d2t", "t2d")
 
 
 class Head(nn.Module):
@@ -139,7 +139,7 @@ def initial_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield an untrained layer's weights by training name: norms of one, matrices normal, by seed and name.
 
-    Those of `NOT_RANDOM` are left out.
+    Those of `NOT_RANDOM`, which are last in `ops`, are left out.
     """
     for op in ops:
         if op.training in NOT_RANDOM:
