@@ -51,6 +51,7 @@ def config(tmp_path_factory, target):
     values |= {"prompts.max_length": 128, "prompts.max_answer_tokens": ANSWER, "prompts.held_out": 0.3}
     values |= {"prompts.max_loop_share": 1, "dump.aux_layers": AUX, "train.draft": "eagle3"}
     values |= {"train.dtype": "float32", "train.max_steps": 3, "train.tokens_per_rank": 256}
+    values |= {"train.learning_rate": 1e-2, "train.warmup_steps": 1}
     return load_config([], [f"{key}={value}" for key, value in values.items()])
 
 

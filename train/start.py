@@ -61,7 +61,7 @@ class Start:
             return
         std = target.config.get("initializer_range") or 0.02
         yield from initial_tensors(self.ops, std, seed, dtype=dtype)
-        # the head reads states of this scale, which small learning rates would take thousands of steps to find
+        # the head reads states of this scale, which a small learning rate takes thousands of steps to find
         yield "norm.weight", target.get("model.norm.weight", dtype=dtype)
         if self.draft.get("draft_vocab_size"):
             head_VD = target.get("lm_head.weight", dtype=dtype)
