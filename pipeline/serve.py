@@ -89,7 +89,9 @@ def arguments(config: RunConfig, draft: str) -> list[str]:
     settings, target = config.serve, config.require_target()
     directory = draft_directory(config, draft)
     if draft != "none":
-        require_draft(Checkpoint(target), directory)
+        require_draft(
+            Checkpoint(target), directory, view_of(config.dump.view), config.dump.tensor_parallel_size
+        )
     options: dict[str, Any] = {} if torch.cuda.is_available() else dict(CPU_ENGINE)
     options |= {"host": settings.host, "port": settings.port, "served_model_name": target.absolute().name}
     options["shutdown_timeout"] = DRAIN_SECONDS

@@ -9,6 +9,7 @@ from configs import run_dir
 from configs.contract import require_same, target_contract
 from configs.eagle3 import ARCHITECTURE, recognise
 from configs.errors import InputError
+from configs.progress import log
 from configs.schema import RunConfig
 from export.check import check, check_eagle3, refuse_name
 from export.checkpoint import Checkpoint
@@ -72,12 +73,16 @@ def refuse_draft_name(config: RunConfig, draft: Path) -> None:
         refuse_name(draft)
 
 
-def require_draft(target: Checkpoint, draft: Path | None) -> None:
+def require_draft(target: Checkpoint, draft: Path | None, view: str = "native", ranks: int = 1) -> None:
     """Refuse a draft that vLLM would not load beside the target, or that was made for another one.
+
+    Warns of one that it would load and serve badly.
 
     Args:
         target: the target.
         draft: its directory; None for the released layer.
+        view: `native` or `v3`.
+        ranks: tensor-parallel ranks.
 
     Raises:
         ConfigError: the draft's path would mislead vLLM.
@@ -93,6 +98,12 @@ def require_draft(target: Checkpoint, draft: Path | None) -> None:
         if problems := check_eagle3(draft, target.directory)["vllm"]:
             raise InputError(
                 f"{draft} is not a vLLM draft for {target.directory}: {problems[0]}", "export it again"
+            )
+        if ranks > 1 and view == "native" and target.config.get("index_topk"):
+            log(
+                "draft",
+                f"warning: vLLM 0.32.0 does not sum the layer inputs of DeepSeek-V3.2 over its {ranks} GPUs:"
+                " this EAGLE-3 draft will accept fewer tokens than it can",
             )
     else:
         target.mtp_names()

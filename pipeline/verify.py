@@ -91,9 +91,9 @@ def verify(
     """
     target = Checkpoint(target_dir)
     directories = {name: None if draft is None else Path(draft) for name, draft in drafts.items()}
-    for directory in directories.values():
-        require_draft(target, directory)
     view = view_of(view)
+    for directory in directories.values():
+        require_draft(target, directory, view, tensor_parallel_size)
     asked = [list(map(int, ids)) for ids in prompts]
     job = _job(asked, target.config, answer_room(asked, target.config, max_tokens, view))
     engine = _engine(job, target.config, tensor_parallel_size, vllm or {})

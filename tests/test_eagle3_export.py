@@ -17,6 +17,7 @@ from export.check import check_eagle3
 from export.checkpoint import Checkpoint
 from export.eagle3 import export
 from export.keymap import eagle3_keymap
+from pipeline.speculation import require_draft
 from pipeline.tiny.write import random_checkpoint
 from train import launch
 from train.model import load_layer
@@ -164,3 +165,21 @@ def test_a_dry_run_says_what_the_export_then_writes_and_refuses_what_it_would(tm
     (tmp_path / "taken/notes").touch()
     with pytest.raises(InputError, match="not an export of this program"):
         draft.plan(load_config([], [*words, f"export.dir={tmp_path / 'taken'}"]))
+
+
+def test_a_draft_of_v32_on_several_gpus_is_warned_of_in_vllm(tmp_path, target, capsys):
+    export(write_draft(tmp_path / "weights", target), target, tmp_path / "out")
+    capsys.readouterr()
+    for view, ranks in (("native", 1), ("v3", 8)):
+        require_draft(Checkpoint(target), tmp_path / "out", view, ranks)
+    assert "warning" not in capsys.readouterr().err
+    require_draft(Checkpoint(target), tmp_path / "out", "native", 8)
+    assert "does not sum the layer inputs of DeepSeek-V3.2 over its 8 GPUs" in capsys.readouterr().err
+
+
+def test_a_draft_of_another_architecture_is_not_taken_for_an_mtp_layer(tmp_path, target):
+    weights = write_draft(tmp_path / "weights", target)
+    config = json.loads((weights / "config.json").read_text())
+    write_json(weights / "config.json", config | {"architectures": ["LlamaForCausalLMEagle3"]})
+    with pytest.raises(InputError, match="says it is LlamaForCausalLMEagle3"):
+        require_draft(Checkpoint(target), weights, "v3", 1)
