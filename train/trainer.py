@@ -254,7 +254,7 @@ def _open(config: RunConfig, rank: int, world: int) -> _Run:
         target,
         sparse=attention.sparse,
         weights=weights,
-        saved=saved and saved.path / WEIGHTS,
+        saved=None if saved is None else saved.path / WEIGHTS,
     )
     if saved is not None:
         agreed, what = _contracts(store, plan), f"checkpoint {saved.path} and this run"
