@@ -47,7 +47,9 @@ class Head(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, hidden_size))
 
-    def forward(self, student: Tensor, teacher: Tensor, head: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    def forward(
+        self, student: Tensor, teacher: Tensor, head: Tensor, **options: Any
+    ) -> tuple[Tensor | None, ...]:
         """`head_loss` of what this head predicts, as a plain tuple."""
         return tuple(head_loss(student, teacher, head, draft_head=self.weight, **options))
 
