@@ -59,6 +59,16 @@ def _commit() -> str | None:
     return done.stdout.strip() or None
 
 
+def _gpus() -> list[str]:
+    """Names of the GPUs, as their driver says."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return done.stdout.split("\n")[:-1]
+
+
 def collect() -> dict[str, Any]:
     """Arguments, commit, versions, machine and time as one JSON object."""
     return {
@@ -66,6 +76,7 @@ def collect() -> dict[str, Any]:
         "commit": _commit(),
         "versions": versions(),
         "cpu_count": os.cpu_count(),
+        "gpus": _gpus(),
         "machine": platform.machine(),
         "system": platform.platform(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

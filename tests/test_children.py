@@ -39,15 +39,13 @@ def descendants(pid: int) -> set[psutil.Process]:
         return set()
 
 
-INT, TERM, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGKILL
-# every verb with every signal, with one tensor rank and two; test_dump kills a dump, test_serve interrupts
-CASES = [("dump", 1, INT), ("dump", 2, TERM), ("dump", 2, KILL)]
-CASES += [("verify", 1, TERM), ("verify", 2, INT), ("verify", 2, KILL)]
-CASES += [("serve", 1, TERM), ("serve", 2, KILL)]
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize(("verb", "ranks", "number"), CASES)
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("verb", LOGS)
 def test_no_process_is_left(verb, ranks, number, draft, tiny_checkpoint, conversations_file, tmp_path):
     settings = {
         "run": {"dir": str(tmp_path / "run")},

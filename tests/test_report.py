@@ -65,6 +65,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     drafts = {"released": released | cost, "trained": trained}
     said = {"drafts": drafts, "before": released, "after": trained, "samples": samples}
     write_json(run / "verify.json", said | {"recommendation": "Serve with 2 draft tokens."})
+    choice = {"queries": 9, "mass_over_best": 0.91, "released_mass_over_best": 0.93, "recall": 0.7}
+    rows_ = [{"length": "257-512", "step": step, "overlap": 0.8, **choice} for step in (1, 2)]
+    trained["selection"] = {"by_length": rows_, "warning": "training has moved the choice"}
     for name, found in (("best", trained), ("released", released)):
         write_json(run / f"evaluate.{name}.json", found | {"format": 2, "tokens": 900, "documents": 8})
     speed = {"output_tokens_per_second": 1000.0, "mean_ms_per_token": 6.7, "ratio": 1.0}
@@ -78,6 +81,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [
         {"step": step, "train/loss": 1 / step, "train/lr": 1e-4, "train/tokens": 100, "perf/tok_s": 50.0}
         | {"train/top1_pos1": 0.5, "train/top1_pos2": 0.4, "train/grad_norm": 1.0, "data/wait_frac": 0.25}
+        | {"perf/forward_s": 0.5, "perf/backward_s": 0.6, "perf/optimizer_s": 0.2}
         | {"moe/max_over_mean": 1.5, "moe/idle_experts": step % 2, "evaluate/acceptance_length": 2.0}
         | {"evaluate/acceptance_1": 0.6, "evaluate/acceptance_2": 0.4}
         for step in range(1, 400)
@@ -130,6 +134,16 @@ def test_speed_over_http_is_shown_for_each_draft_and_number_of_requests(text):
     assert (
         '<th scope="row">trained, 16 at a time</th><td>1,000.0</td><td>6.7</td><td>2.50</td><td>1.75' in text
     )
+
+
+def test_the_time_of_a_step_is_split(text):
+    for part in ("waiting for the store: 500 ms (25%)", "backward: 600 ms (30%)", "the rest: 200 ms"):
+        assert part in text
+
+
+def test_what_sparse_attention_keeps_is_shown_with_its_warning(text):
+    assert '<p class="warning">best: training has moved the choice</p>' in text
+    assert '<th scope="row">257-512, 2</th><td>9</td><td>91%</td><td>93%</td><td>70%</td><td>80%' in text
 
 
 def test_reasons_are_counted_without_their_numbers(text):

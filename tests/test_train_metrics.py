@@ -58,6 +58,9 @@ def test_every_step_tells_the_load_of_the_experts_and_the_work_done(trained):
         assert row["train/skipped_steps"] == 0
         assert row["train/grad_norm"] > 0
         assert row["perf/tflops_per_rank"] > 0
+        parts = [row[f"perf/{part}_s"] for part in ("forward", "backward", "optimizer")]
+        assert min(parts) > 0
+        assert sum(parts) <= row["train/tokens"] / row["perf/tok_s"] * (1 - row["data/wait_frac"])
         assert (row["perf/seconds_left"] == 0) == (number == 4)
 
 

@@ -4,6 +4,7 @@ Legend: E experts, S draft steps, M predicted tokens, T tokens.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import resource
@@ -26,6 +27,7 @@ from train.loss import HeadLoss
 from train.plan import check_sinks
 
 __all__ = [
+    "Laps",
     "Metrics",
     "Pace",
     "detail",
@@ -191,6 +193,39 @@ class Pace:
     def seconds(self) -> float:
         """Seconds since the start."""
         return time.monotonic() - self.started
+
+
+class Laps:
+    """Seconds of the parts of a step. On a GPU they are read from events: the host goes on meanwhile.
+
+    Args:
+        device: on which the step runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = [("", self._now())]
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def end(self, part: str) -> None:
+        """A part ends here; it began where the one before ended."""
+        self._marks.append((part, self._now()))
+
+    def values(self) -> dict[str, float]:
+        """Seconds of each part for `metrics.jsonl`, all its laps together; waits until they are over."""
+        found: dict[str, float] = {}
+        if self._on_gpu:
+            self._marks[-1][1].synchronize()
+        for (_, before), (part, after) in itertools.pairwise(self._marks):
+            seconds = before.elapsed_time(after) / 1000 if self._on_gpu else after - before
+            found[f"perf/{part}_s"] = found.get(f"perf/{part}_s", 0.0) + seconds
+        return found
 
 
 def _device_tflops(dtype: torch.dtype) -> float | None:

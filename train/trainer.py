@@ -33,7 +33,7 @@ from train.batch import Packed, check_contract, held_out, open_split, pack, stat
 from train.cost import model_flops, work
 from train.draft import Draft
 from train.evaluate import measure
-from train.metrics import Metrics, Pace, detail, expert_load, means, open_sinks, sums
+from train.metrics import Laps, Metrics, Pace, detail, expert_load, means, open_sinks, sums
 from train.plan import check_initial, initial_weights, total_steps
 from train.sparse import decide
 from train.start import Start, start
@@ -432,12 +432,16 @@ def _step(
     weight_S = (share_S / counts_S.clamp(min=1) * run.loader.world_size * len(batches)).float()
     total = torch.zeros(2 + 2 * num_steps, dtype=torch.float64, device=device)
     sizes = torch.zeros(3, dtype=torch.float64, device=device)
+    laps = Laps(device)
     for batch, rows in zip(batches, scored, strict=True):
         found = run.engine(batch, rows, rows.valid * weight_S[:, None])
+        laps.end("forward")
         # neither loss has a gradient for the parameters of the other
         own = 0 if found.indexer is None else settings.indexer_loss_weight * found.indexer
         run.engine.backward(found.loss + own)
+        laps.end("backward")
         run.engine.step()
+        laps.end("optimizer")
         total += sums(found, rows.valid)
         sizes += work(batch.cu_seqlens, rows)
     draft, passes = run.engine.module, run.loader.world_size * len(batches)
@@ -450,6 +454,7 @@ def _step(
         del values["train/indexer_loss"]
     values |= {"train/lr": rate, "train/grad_norm": float(run.engine.get_global_grad_norm())}
     values |= {"data/anchor_share": anchors / tokens} | expert_load(rows_E, passes * num_steps)
+    values |= laps.values()
     return values, model_flops(draft.layer, tokens, anchors, keys, predictions, num_steps)
 
 

@@ -254,7 +254,7 @@ def bars(
     values = [value for column in series.values() for value in column if value is not None]
     if not values:
         return Markup("")
-    ticks = _ticks(0.0, max(values))
+    ticks = _ticks(0.0, max(values) * 1.08)  # room for the number above
 
     def y_of(value: float) -> float:
         return HEIGHT - BOTTOM - value / ticks[-1] * (HEIGHT - BOTTOM - TOP)

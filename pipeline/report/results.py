@@ -18,6 +18,7 @@ __all__ = ["Acceptance", "Draft", "Results", "last_part", "read"]
 
 T = TypeVar("T")
 
+SELECTION = ("queries", "mass_over_best", "released_mass_over_best", "recall", "overlap")
 RESULTS = (run_dir.METRICS, run_dir.VERIFICATION, run_dir.SERVING, run_dir.SUMMARY, run_dir.EVALUATIONS)
 
 
@@ -78,6 +79,7 @@ class Results:
     summary: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     dumps: dict[str, dict[str, Any]] = field(default_factory=dict)
+    held_out: dict[str, Any] = field(default_factory=dict)
     rejects: Counter[str] = field(default_factory=Counter)
     settings: dict[str, str] = field(default_factory=dict)
 
@@ -145,6 +147,10 @@ def _draft(name: str, found: dict[str, Any]) -> Draft:
                 Acceptance(k + 1, float(sampled["temperature"]), 1 + sum(shares[: k + 1]))
                 for k in range(len(shares))
             ]
+    for row in found.get("speedup") or []:
+        float(row["speedup"]), int(row["num_steps"]), int(row["concurrency"])
+    for row in (found.get("selection") or {}).get("by_length", []):
+        row["length"], *(float(row[key]) for key in SELECTION), int(row["step"])
     by_source = _groups(found, "by_source", "source", num_steps)
     return Draft(name, positions, rows, by_source, _groups(found, "by_length", "length", num_steps), found)
 
@@ -153,6 +159,8 @@ def _verification(found: dict[str, Any]) -> dict[str, Any]:
     drafts = found.get("drafts")
     if drafts is None:  # of an earlier version
         drafts = {"released": found["before"], "trained": found["after"]}
+    for sample in found.get("samples") or []:
+        str(sample["prompt"]), *(t["text"] + t["kind"] for one in sample["drafts"].values() for t in one)
     # of a draft that is a directory, its name; where two have the same, all of it
     short = [last_part(name) for name in drafts]
     names = {name: last_part(name) if short.count(last_part(name)) == 1 else name for name in drafts}
@@ -165,6 +173,10 @@ def _summary(found: dict[str, Any]) -> dict[str, Any]:
         float(stage["seconds"]), int(stage["bytes"])
     int(found["peak_rss_bytes"]), dict(found["versions"])
     return found
+
+
+def _held_out(found: dict[str, Any]) -> dict[str, Any]:
+    return {key: int(found[key]) for key in ("held_out_documents", "training_documents")}
 
 
 def _serving(found: dict[str, Any]) -> dict[str, Any]:
@@ -204,6 +216,8 @@ def read(run: Path) -> Results:
     found.offline = dict(sorted(found.offline.items(), key=lambda one: one[0] != "released"))
     found.metrics = [row for row in _lines(run / run_dir.METRICS) if isinstance(row.get("step"), int)]
     found.dumps = {path.name: _from(path, dict) for path in sorted(run.glob(run_dir.DUMPS))}
+    if (path := run / run_dir.HELD_OUT).exists():
+        found.held_out = _from(path, _held_out)
     found.rejects = Counter(_kind(str(row.get("reason"))) for row in _lines(run / run_dir.REJECTS))
     found.settings = {
         path.name: path.read_text(encoding="utf-8", errors="replace")

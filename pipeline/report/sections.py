@@ -1,11 +1,13 @@
 """The sections of the report; each is empty where the run holds nothing for it."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from markupsafe import Markup
 
+from configs.provenance import collect
 from pipeline.report.chart import Series, bars, lines, parts, percent, ranges
 from pipeline.report.page import details, join, paragraph, table, tiles
 from pipeline.report.results import Acceptance, Draft, Results, last_part
@@ -41,13 +43,12 @@ def _span(found: Acceptance) -> str:
 def _pair(results: Results) -> tuple[Draft | None, Draft | None, str]:
     """The released and the trained draft, as served where that was measured, else offline; and how."""
     served, offline = results.served, results.offline
-    if BEFORE in served and AFTER in served:
-        return served[BEFORE], served[AFTER], "served in vLLM"
-    after = next((offline[name] for name in ("best", "last") if name in offline), None)
-    if BEFORE in offline and after:
-        return offline[BEFORE], after, "offline, from the stored states"
-    only = next(iter(served.values()), None) or next(iter(offline.values()), None)
-    return None, only, "served in vLLM" if served else "offline, from the stored states"
+    how = "served in vLLM" if served else "offline, from the stored states"
+    found, wanted = (served, (AFTER,)) if served else (offline, ("best", "last"))
+    after = next((found[name] for name in wanted if name in found), None)
+    after = after or next((draft for name, draft in found.items() if name != BEFORE), found.get(BEFORE))
+    before = found.get(BEFORE)
+    return (before if before is not after else None), after, how
 
 
 def _setting(results: Results, section: str, key: str) -> Any:
@@ -65,6 +66,11 @@ def _drafts(draft: Draft) -> int:
     return int(draft.found.get("num_speculative_tokens") or len(draft.positions))
 
 
+def _headline(draft: Draft, num_steps: int) -> Acceptance:
+    found = draft.at(num_steps, 0.0)
+    return found or Acceptance(num_steps, 0.0, 1 + sum(draft.positions[:num_steps]))
+
+
 def head(results: Results) -> Markup:
     """The headline: before, after, by how much, on what."""
     before, after, how = _pair(results)
@@ -72,8 +78,7 @@ def head(results: Results) -> Markup:
     if after is None:
         return run + Markup("<h1>No acceptance measured yet</h1>") + _progress(results)
     K = _drafts(after)
-    new = after.at(K, 0.0) or Acceptance(K, 0.0, 1 + sum(after.positions))
-    old = before and (before.at(K, 0.0) or Acceptance(K, 0.0, 1 + sum(before.positions)))
+    new, old = _headline(after, K), before and _headline(before, K)
     if old:
         gain = new.length / old.length - 1
         title = Markup('{} → {} tokens a step <span class="by{}">{}</span>').format(
@@ -459,26 +464,30 @@ def training(results: Results) -> Markup:
     ) + (paragraph(" ".join(notes), "note") if notes else Markup(""))
 
 
-SPLIT = {
-    "data/wait_frac": "waiting for the store",
-    "perf/forward_frac": "forward",
-    "perf/backward_frac": "backward",
-    "perf/optimizer_frac": "optimizer and exchange",
-}
+def _timed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The steps that say how long they took."""
+    keys = ("perf/tok_s", "train/tokens", "data/wait_frac")
+    return [
+        row for row in rows if all(isinstance(row.get(k), int | float) for k in keys) and row[keys[0]] > 0
+    ]
+
+
+SPLIT = {"forward": "forward", "backward": "backward", "optimizer": "optimizer and exchange"}
 
 
 def _split(rows: list[dict[str, Any]]) -> Markup:
     """Where the time of the steps went, all steps together."""
-    steps = [row for row in rows if row.get("perf/tok_s") and row.get("data/wait_frac") is not None]
+    steps = _timed(rows)
+    if not steps:
+        return Markup("")
     seconds = [row["train/tokens"] / row["perf/tok_s"] for row in steps]
-    shares = {
-        label: sum(row.get(name, 0.0) * s for row, s in zip(steps, seconds, strict=True))
-        for name, label in SPLIT.items()
-        if any(name in row for row in steps)
-    }
+    waited = sum(row["data/wait_frac"] * s for row, s in zip(steps, seconds, strict=True))
+    shares = {"waiting for the store": waited}
+    for part, label in SPLIT.items():
+        if spent := sum(row.get(f"perf/{part}_s", 0.0) for row in steps):
+            shares[label] = spent
     total = sum(seconds)
-    rest = "the rest" if len(shares) > 1 else "computing"
-    shares[rest] = max(0.0, total - sum(shares.values()))
+    shares["the rest" if len(shares) > 1 else "computing"] = max(0.0, total - sum(shares.values()))
     return parts(
         "Where the time of a step goes",
         f"{len(steps):,} steps, {_duration(total)} in all",
@@ -488,8 +497,49 @@ def _split(rows: list[dict[str, Any]]) -> Markup:
 
 
 def selection(results: Results) -> Markup:
-    """How far the sparse attention's choice drifted from the released layer's."""
-    return Markup("")
+    """How good the sparse attention's choice of keys is, and how far training has moved it."""
+    pieces = []
+    for name, draft in results.offline.items():
+        found = draft.found.get("selection")
+        rows = found["by_length"] if found else []
+        if not rows:
+            continue
+        if found.get("warning"):
+            pieces.append(paragraph(f"{name}: {found['warning']}", "warning"))
+        lengths = list(dict.fromkeys(row["length"] for row in rows))
+
+        def curves(key: str, rows: list[dict[str, Any]] = rows, lengths: list[str] = lengths) -> list[Series]:
+            return [
+                Series(f"{n} tokens", [(row["step"], row[key]) for row in rows if row["length"] == n])
+                for n in lengths
+            ]
+
+        pieces.append(
+            _figures(
+                *(
+                    lines(f"{title}, {name}", "draft step", y, curves(key), text=percent, whole=True)
+                    for key, title, y in (
+                        ("mass_over_best", "Attention that the kept keys hold", "of the best choice's"),
+                        ("recall", "Best keys that are kept", "share of keys"),
+                        ("overlap", "Keys that the released layer keeps too", "share of keys"),
+                    )
+                )
+            )
+        )
+        header = ["length, draft step", "queries", "mass over best", "released", "recall", "overlap"]
+        cells = [
+            [f"{row['length']}, {row['step']}", f"{row['queries']:,}"]
+            + [percent(row[k]) for k in ("mass_over_best", "released_mass_over_best", "recall", "overlap")]
+            for row in rows
+        ]
+        pieces.append(details(f"The figures, {name}", table(f"Choice of keys, {name}", header, cells)))
+    if pieces:
+        said = (
+            "The indexer keeps a fixed number of keys for each query of a long document. Mass is the"
+            " attention's own weight on them, best that on equally many of its largest places."
+        )
+        pieces.insert(0, paragraph(said, "note"))
+    return join(pieces)
 
 
 def _duration(seconds: float) -> str:
@@ -512,6 +562,9 @@ def _size(size: float) -> str:
 def data(results: Results) -> Markup:
     """What was captured, kept and rejected; loops in the answers."""
     pieces: list[Markup] = []
+    if held := results.held_out:
+        apart, rest = held["held_out_documents"], held["training_documents"]
+        pieces.append(paragraph(f"{apart:,} documents are held out, {rest:,} are trained on."))
     names = (
         ("captured_documents", "captured"),
         ("kept_documents", "kept of an earlier start"),
@@ -546,7 +599,7 @@ def stages(results: Results) -> Markup:
     found = results.summary.get("stages", {})
     note = ""
     if not found:
-        steps = [row for row in results.metrics if row.get("perf/tok_s") and row.get("train/tokens")]
+        steps = _timed(results.metrics)
         found = {
             file.removesuffix(".json"): {"seconds": one["seconds"], "bytes": one.get("bytes", 0)}
             for file, one in results.dumps.items()
@@ -582,23 +635,27 @@ def stages(results: Results) -> Markup:
 
 def environment(results: Results) -> Markup:
     """Settings, versions, hardware."""
-    found = next((one for one in (results.summary, results.serving, results.verification) if one), {})
-    versions = found.get("versions") or results.verification.get("versions") or {}
+    found = next((one for one in (results.summary, results.serving) if one.get("versions")), None)
+    where = "" if found else ", where this page was made"
+    found = found or collect()
+    gpus = Counter(found.get("gpus") or [])
+    found = found | {"gpus": ", ".join(f"{n} x {name}" for name, n in gpus.items())}
     machine = [
         [name, str(found[key])]
         for key, name in (
+            ("gpus", "GPUs"),
             ("machine", "processor"),
             ("cpu_count", "cores"),
-            ("gpus", "GPUs"),
             ("system", "system"),
             ("commit", "commit"),
             ("time", "finished"),
         )
         if found.get(key)
     ]
+    versions = [[name, version] for name, version in found["versions"].items()]
     return (
-        table("Machine", ["", ""], machine)
-        + table("Versions", ["package", "version"], [[name, v] for name, v in versions.items()])
+        table(f"Machine{where}", ["", ""], machine)
+        + table(f"Versions{where}", ["package", "version"], versions)
         + join(
             details(name, Markup('<pre tabindex="0">{}</pre>').format(text))
             for name, text in results.settings.items()
