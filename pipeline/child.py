@@ -24,6 +24,8 @@ __all__ = ["SERVED", "end", "enter", "last_error", "share_cores", "start"]
 
 # what is asked to end in vain is killed after this time
 GRACE_SECONDS = 5.0
+# what outlives the process that led it has less
+REST_SECONDS = 2.0
 
 
 # the environment of an engine that serves: the model classes as vLLM ships them, without the capture's
@@ -80,7 +82,7 @@ def enter(log: str, *, append: bool = False) -> None:
 
     def end_with_parent() -> None:
         parent.join()
-        _end_group(os.getpid())
+        _end_group(os.getpid(), GRACE_SECONDS)
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -114,16 +116,16 @@ def end(process: BaseProcess, *, wait_s: float = 0, grace_s: float = GRACE_SECON
         process.terminate()
         wait([process.sentinel], grace_s)
     assert process.pid is not None
-    _end_group(process.pid)
+    _end_group(process.pid, REST_SECONDS)
     process.kill()
     process.join()
 
 
-def _end_group(group: int) -> None:
-    """Ask every other process of the group to end, and kill those that do not."""
+def _end_group(group: int, grace_s: float) -> None:
+    """Ask every other process of the group to end, and kill those that do not within the time."""
     for process in _members(group):
         _send(process, signal.SIGTERM)
-    deadline = time.monotonic() + GRACE_SECONDS
+    deadline = time.monotonic() + grace_s
     while (left := _members(group)) and time.monotonic() < deadline:
         time.sleep(0.05)
     for process in left:

@@ -500,8 +500,8 @@ def selection(results: Results) -> Markup:
     """How good the sparse attention's choice of keys is, and how far training has moved it."""
     pieces = []
     for name, draft in results.offline.items():
-        found = draft.found.get("selection")
-        rows = found["by_length"] if found else []
+        found = draft.found.get("selection") or {}
+        rows = found.get("by_length", [])
         if not rows:
             continue
         if found.get("warning"):
@@ -517,7 +517,7 @@ def selection(results: Results) -> Markup:
         pieces.append(
             _figures(
                 *(
-                    lines(f"{title}, {name}", "draft step", y, curves(key), text=percent, whole=True)
+                    lines(f"{title} ({name})", "draft step", y, curves(key), text=percent, whole=True)
                     for key, title, y in (
                         ("mass_over_best", "Attention that the kept keys hold", "of the best choice's"),
                         ("recall", "Best keys that are kept", "share of keys"),
