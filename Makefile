@@ -19,7 +19,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-ray demo demo-eagle3 target dump-hidden-states train export-nextn evaluate verify serve bench-serve \
 	report test test-fast check check-sglang \
-	bench-store bench-dump bench-moe bench-loss bench-train bench-checkpoint kernels-report gpu-rehearsal clean
+	bench-store bench-dump bench-moe bench-loss bench-train bench-attention bench-checkpoint kernels-report gpu-rehearsal clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -109,6 +109,9 @@ bench-loss: setup ## the vocabulary loss
 
 bench-train: setup ## tokens a second of a training step
 	$(BIN)/python -m benchmarks.train $(ARGS)
+
+bench-attention: setup ## sparse attention by form: time and memory beside the arithmetic
+	$(BIN)/python -m benchmarks.attention $(ARGS)
 
 bench-checkpoint: setup ## saving and loading 300 million parameters, beside the disk's own speed
 	$(BIN)/python -m benchmarks.checkpoint $(ARGS)

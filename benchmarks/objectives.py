@@ -94,8 +94,9 @@ def trained(
             batch = pack(next(loader), torch.float32, torch.device("cpu"))
             scored = batch.scored(train.num_steps)
             counts = scored.valid.sum(1, keepdim=True).clamp(min=1)
-            loss = draft(batch, scored, (scored.valid / (counts * train.num_steps)).float()).loss
-            loss.backward()
+            found = draft(batch, scored, (scored.valid / (counts * train.num_steps)).float())
+            loss = found.loss
+            (loss if found.indexer is None else loss + train.indexer_loss_weight * found.indexer).backward()
             torch.nn.utils.clip_grad_norm_(parameters, train.gradient_clipping)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(train, step, steps)

@@ -157,7 +157,10 @@ def losses(target: str, store: str, folder: str, *ways: str) -> None:
 
 
 def sparse_ranks(target: str) -> None:
-    """Losses of sparse steps on four batches, by one rank and by two, one of which has nothing long."""
+    """Losses of sparse steps on four batches, by one rank and by two, one of which has nothing long.
+
+    The two gather what they keep, the one masks the rest.
+    """
     lengths = ((100,), (20, 30), (90, 70), ())
 
     def act(ranks: int) -> None:
@@ -173,7 +176,9 @@ def sparse_ranks(target: str) -> None:
         )
         config = zero.deepspeed_config(settings, num_parameters=1000)
         layer = zero.build_layer(Checkpoint(Path(target)), settings, config)
-        engine = zero.initialize(Draft(layer, settings, Sparse(True, None)), settings, config)
+        engine = zero.initialize(
+            Draft(layer, settings, Sparse(True, None if ranks == 1 else "gather")), settings, config
+        )
         for step in range(2):
             total = torch.zeros(2, dtype=torch.float64)
             for mine in lengths[rank::ranks]:

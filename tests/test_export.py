@@ -295,6 +295,22 @@ def test_trained_weights_take_the_dtypes_of_the_target(fp8_checkpoint, tmp_path)
     assert not any("indexer" in kind for kind in kinds)
 
 
+def test_a_trained_indexer_takes_the_dtypes_of_the_targets(fp8_checkpoint, tmp_path):
+    def moved(name, w):
+        return w * 1.1 if "indexer" in name else w
+
+    run = trained_copy(fp8_checkpoint, tmp_path / "step_000007", moved)
+    result = nextn.export(run, fp8_checkpoint, tmp_path / "nextn")
+    target, draft = Checkpoint(fp8_checkpoint), Checkpoint(tmp_path / "nextn")
+    names = [n for n in draft.names if "indexer" in n and not n.endswith("weight_scale_inv")]
+    assert len(names) == 5
+    for name in names:
+        assert draft.dtype(name) == target.dtype(name), name
+        released, found = target.get(name).float(), draft.get(name).float()
+        assert float((found - 1.1 * released).norm() / (released.norm() + 1e-9)) < 0.05, name
+    assert {"self_attn.indexer.wq_b.weight", "self_attn.indexer.wk.weight"} <= result["fp8_errors"].keys()
+
+
 def test_unquantised_draft_of_an_fp8_target_is_for_sglang_only(fp8_checkpoint, tmp_path):
     result = nextn.export(fp8_checkpoint, fp8_checkpoint, tmp_path / "nextn", quantization="none")
     assert result["servers"] == ["sglang"]

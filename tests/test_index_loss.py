@@ -6,7 +6,9 @@ import torch.nn.functional as F
 
 from tests.reference_sparse import layer_of
 from tests.test_unroll import packed, relative_error
+from train.gather import GATHERED
 from train.index_loss import IndexLoss
+from train.indexer import HELD
 from train.unroll import unroll
 
 LENGTHS, STEPS = (40, 5, 61), 3
@@ -57,9 +59,8 @@ def plainly(layer, ids, hidden, cu, weights_SA, topk):
 
 @pytest.mark.parametrize("over", ["all", "kept"])
 def test_loss_in_chunks_and_its_gradients_equal_the_whole_formula(sparse_checkpoint, over, monkeypatch):
-    for name in ("train.indexer.HELD", "train.index_loss.HELD"):
-        monkeypatch.setattr(name, 1 << 9)
-    monkeypatch.setattr("train.gather.GATHERED", 1 << 15)
+    monkeypatch.setitem(HELD, "cpu", 1 << 9)
+    monkeypatch.setitem(GATHERED, "cpu", 1 << 15)
     layer = layer_of(sparse_checkpoint, 12)
     ids, hidden, cu = packed(layer, LENGTHS)
     weights_SA = torch.rand(STEPS, len(ids), generator=torch.Generator().manual_seed(1))

@@ -84,3 +84,25 @@ def test_anchors_are_counted_by_the_documents_that_have_most(targets, tmp_path):
     assert "512 anchors" in str(plan)
     fewer = launch.plan(load_config([], words))
     assert sum(fewer.memory_bytes.values()) < sum(plan.memory_bytes.values())
+
+
+@pytest.mark.parametrize("words", [[], ["train.indexer=joint"]])
+def test_a_sparse_run_holds_at_most_what_its_plan_says(tmp_path, conversations_file, words):
+    sizes = TinyConfig(
+        conversations=conversations_file,
+        hidden_size=256,
+        num_hidden_layers=2,
+        intermediate_size=256,
+        vocab_size=1024,
+        q_lora_rank=64,
+        index_head_dim=64,
+        index_n_heads=16,
+        index_topk=64,
+    )
+    target = random_checkpoint(tmp_path / "target", sizes)
+    store = write_store(tmp_path / "store", target, lengths=[256] * 24)
+    words = [*words, "train.dtype=float32", "train.tokens_per_rank=1024"]
+    plan, live, _ = planned_and_used({0: (target, store)}, tmp_path / "run", 0, *words)
+    assert "attention masked sparse" in str(plan)
+    said = sum(size for use, size in plan.memory_bytes.items() if use != "runtime")
+    assert live.peak <= said <= TOLERANCE * live.peak, (said / live.peak, plan.memory_bytes)

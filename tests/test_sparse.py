@@ -1,13 +1,16 @@
 """Sparse attention in the unroll: against transformers' layer run serially, and form against form."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
+from benchmarks import attention as benchmark
 from tests.reference_sparse import Serial, layer_of
 from tests.test_unroll import defined, gradients, packed, relative_error
-from train.indexer import Selection, choose
+from train.gather import GATHERED
+from train.indexer import HELD, Selection, choose
 from train.unroll import unroll
 
 LENGTHS = (100, 173)
@@ -55,8 +58,8 @@ def test_sparse_unroll_equals_transformers_layer_run_token_by_token(sparse_check
 @pytest.mark.parametrize("form", ["documents", "gather"])
 def test_sparse_forms_and_their_gradients_equal_the_plain_form(sparse_checkpoint, form, chosen, monkeypatch):
     # several chunks of scores and of gathered latents
-    monkeypatch.setattr("train.indexer.HELD", 1 << 11)
-    monkeypatch.setattr("train.gather.GATHERED", 1 << 16)
+    monkeypatch.setitem(HELD, "cpu", 1 << 11)
+    monkeypatch.setitem(GATHERED, "cpu", 1 << 16)
     layer = layer_of(sparse_checkpoint, 16)
     lengths = (100, 9, 60)
     ids, hidden, cu = packed(layer, lengths)
@@ -104,3 +107,17 @@ def test_equal_scores_go_to_the_later_place():
     )
     assert choose(scores, 3).tolist() == [[3, 4, 2], [2, 1, 0], [3, 2, 1]]
     assert choose(scores, 4)[1].tolist() == [2, 1, 0, -1]
+
+
+def test_gathering_holds_nothing_that_grows_with_anchors_times_keys():
+    device, anchors, lengths = torch.device("cpu"), 1024, (1024, 4096)
+    small = replace(benchmark.SMALL, index_topk=128)
+    peaks = {}
+    for length in lengths:
+        work = benchmark.forms(small, length, anchors, torch.float32, device)
+        for form in ("gather", "documents"):
+            peaks[form, length] = benchmark.peak(work[form], device)
+    # of the keys that came, one float32 for each anchor
+    one = 4 * anchors * (lengths[1] - lengths[0])
+    assert peaks["documents", lengths[1]] - peaks["documents", lengths[0]] > 2 * one
+    assert peaks["gather", lengths[1]] - peaks["gather", lengths[0]] < one

@@ -52,7 +52,7 @@ def test_two_ranks_of_which_one_has_nothing_long_train_as_one_rank_does(sparse_c
             found[int(ranks), int(step)] = [float(x) for x in values]
     assert len(found) == 4
     for step in range(2):
-        assert found[2, step] == pytest.approx(found[1, step], rel=1e-6)
+        assert found[2, step] == pytest.approx(found[1, step], rel=1e-5)
     # the steps did something
     assert found[1, 1][0] != found[1, 0][0]
     assert found[1, 1][1] != found[1, 0][1]

@@ -168,8 +168,8 @@ def _by_document(
             if places is not None:
                 visible, own_kept = marked(places, len(k) + len(diagonal)).tensor_split([len(k)], 1)
             if len(rows):
-                seen = {"visible_AT": visible, "kept_AS": own_kept}
-                parts.append(attend_dense(rows, k, v, diagonal, **seen, scale=scale))
+                part = attend_dense(rows, k, v, diagonal, visible_AT=visible, kept_AS=own_kept, scale=scale)
+                parts.append(part)
         return torch.cat(parts)
 
     return attend

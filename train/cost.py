@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from train.eagle3 import Eagle3Layer
+from train.indexer import HELD
 from train.model import Layer
 from train.unroll import Scored
 
@@ -79,6 +80,9 @@ def activation_bytes(
     steps: int,
     size: int,
     longest: int,
+    sparse: bool = False,
+    form: str | None = None,
+    indexer: str = "frozen",
 ) -> tuple[int, int]:
     """Most bytes that come and go beside the layer and its gradients: before the backward, and at its end.
 
@@ -93,6 +97,9 @@ def activation_bytes(
         steps: draft steps.
         size: bytes of an element; 2 stands for the forms that a GPU takes.
         longest: tokens of the longest document.
+        sparse: whether attention is.
+        form: `gather`, or None for the device's default.
+        indexer: `train.indexer`.
     """
     D, F, V = model["hidden_size"], model["moe_intermediate_size"], model["vocab_size"]
     H, E, K = model["num_attention_heads"], model["n_routed_experts"], model["num_experts_per_tok"]
@@ -118,8 +125,27 @@ def activation_bytes(
         logits = 2 * max((1 << 28) // V // 128, 1) * 128 * V * size
     else:
         # the plain forms keep the attention's weights, and hold logits in several forms
-        kept_32 += 2 * rows * H * min(longest, tokens)
+        if form != "gather":
+            kept_32 += 2 * rows * H * min(longest, tokens)
         logits = 6 * max((1 << 19) // V, 64) * V * 4
     forward = (kept + passing) * size + kept_32 * 4 + logits
+    if sparse or indexer != "frozen":
+        heads, width, topk = model["index_n_heads"], model["index_head_dim"], model["index_topk"]
+        entry, query = L + rope, H * (nope + rope)
+        # queries are made for anchors alone
+        forward -= (tokens - anchors) * ((3 * low + query) * size + 8 * H * rope)
+        # index keys, a step's queries, and scores beside what orders them
+        scored = min(HELD["cuda" if on_gpu else "cpu"], longest * min(longest, anchors))
+        forward += (tokens + rows) * width * size + anchors * heads * width * (size + 8) + 32 * scored
+        if form == "gather":
+            # entries instead of expanded keys and values; the places kept
+            forward -= (tokens + rows - anchors) * (query + H * (nope + value)) * size
+            forward += (tokens + anchors * steps * (steps + 1) // 2) * entry * size + 4 * rows * topk
+        elif sparse:
+            # a bit for each key in the fused form, masks in the plain one
+            forward += rows * (tokens // 8 if on_gpu else 2 * min(longest, tokens))
+        if indexer != "frozen":
+            # gradients of its queries, formed at once; absorbed queries of a step
+            forward += rows * heads * width * size + (tokens + rows + anchors * H) * entry * size
     left = rows * (4 * K * F + 3 * D) + (0 if on_gpu else rows * K * D)
     return forward, left * size

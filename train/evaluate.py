@@ -46,7 +46,7 @@ from train.selection import selection_drift
 from train.sparse import DENSE, decide
 from train.unroll import Scored
 
-__all__ = ["Tally", "measure", "plan", "ready", "run", "tally"]
+__all__ = ["SELECTION_DOCUMENTS", "Tally", "measure", "plan", "read_documents", "ready", "run", "tally"]
 
 # its weights of all heads over all candidates cost as much as dense attention
 SELECTION_DOCUMENTS = 16
@@ -171,7 +171,7 @@ def _batches(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return out
 
 
-def _read(store: FeatureStore, documents: np.ndarray, states: list[int]) -> Packed:
+def read_documents(store: FeatureStore, documents: np.ndarray, states: list[int]) -> Packed:
     """The documents as stored, for `pack`: hidden [T, states, D]."""
     read = [store.read(int(i), states=states) for i in documents]
     if not read:
@@ -237,7 +237,7 @@ def measure(
         # every rank makes as many passes as the busiest one
         for number in range(max(map(len, plans))):
             chosen = plans[rank][number] if number < len(plans[rank]) else []
-            batch = pack(_read(store, mine[chosen], states), dtype, device)
+            batch = pack(read_documents(store, mine[chosen], states), dtype, device)
             scored = batch.scored(S)
             found = forward(batch, scored, scored.valid.float(), hits=True)
             if chosen:
@@ -294,7 +294,7 @@ def _selection(
         def read() -> Iterator[Packed]:
             for i in long:
                 states = state_columns(store.contract)
-                yield pack(_read(store, np.array([i]), states), dtype, device)
+                yield pack(read_documents(store, np.array([i]), states), dtype, device)
                 bar.advance(1)
 
         steps, masked = config.evaluate.num_speculative_tokens, config.train.mask_position_0

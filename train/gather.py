@@ -21,8 +21,8 @@ from train.indexer import Candidates, Selection
 
 __all__ = ["absorbed", "chunks", "gather_form", "kept_logits", "split", "stacked", "take"]
 
-# numbers gathered at once
-GATHERED = 1 << 25
+# numbers gathered at once, by type of device: on a CPU what its cache holds
+GATHERED = {"cpu": 1 << 20, "cuda": 1 << 25}
 
 
 def absorbed(q_AHQ: Tensor, up_LHW: Tensor, width: int) -> Tensor:
@@ -87,7 +87,7 @@ def _attend(
     return torch.einsum("ahl,lhc->ahc", o_AHL, up_LHW[..., P:])
 
 
-def chunks(count: int, numbers: int, held: int = GATHERED) -> list[slice]:
+def chunks(count: int, numbers: int, held: int) -> list[slice]:
     """Slices of `count` rows of so many numbers each that hold about `held` numbers together."""
     size = max(held // max(numbers, 1), 1)
     return [slice(a, min(a + size, count)) for a in range(0, count, size)]
@@ -113,7 +113,7 @@ class _Gather(torch.autograd.Function):
         ctx.save_for_backward(q_AHQ, entries_TX, own_ASX, up_LHW, places_AK, own_kept_AS)
         ctx.scale = scale
         out = []
-        for c in chunks(len(q_AHQ), places_AK.shape[1] * entries_TX.shape[1]):
+        for c in chunks(len(q_AHQ), places_AK.shape[1] * entries_TX.shape[1], GATHERED[q_AHQ.device.type]):
             seen = torch.cat((places_AK[c] >= 0, own_kept_AS[c]), -1)
             out.append(_attend(q_AHQ[c], take(entries_TX, places_AK[c]), own_ASX[c], up_LHW, seen, scale))
         return torch.cat(out)
@@ -125,16 +125,17 @@ class _Gather(torch.autograd.Function):
         grad_q, grad_own = torch.empty_like(q_AHQ), torch.empty_like(own_ASX)
         grad_entries = torch.zeros_like(entries_TX, dtype=torch.float32)
         grad_up = torch.zeros_like(up_LHW, dtype=torch.float32)
-        for c in chunks(len(q_AHQ), places_AK.shape[1] * entries_TX.shape[1]):
+        for c in chunks(len(q_AHQ), places_AK.shape[1] * entries_TX.shape[1], GATHERED[q_AHQ.device.type]):
             places = places_AK[c]
             given = (q_AHQ[c], take(entries_TX, places), own_ASX[c], up_LHW)
             leaves = [x.detach().requires_grad_() for x in given]
+            q, taken, own, up = leaves
             seen = torch.cat((places >= 0, own_kept_AS[c]), -1)
             with torch.enable_grad():
-                out = _attend(*leaves, seen, ctx.scale)
-            grad_q[c], taken, grad_own[c], up = torch.autograd.grad(out, leaves, grad_AHC[c])
-            grad_entries.index_add_(0, places.clamp(min=0).flatten(), taken.flatten(0, 1).float())
-            grad_up += up
+                out = _attend(q, taken, own, up, seen, ctx.scale)
+            grad_q[c], of_taken, grad_own[c], of_up = torch.autograd.grad(out, leaves, grad_AHC[c])
+            grad_entries.index_add_(0, places.clamp(min=0).flatten(), of_taken.flatten(0, 1).float())
+            grad_up += of_up
         return grad_q, grad_entries.to(entries_TX.dtype), grad_own, grad_up.to(up_LHW.dtype), None, None, None
 
 

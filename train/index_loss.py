@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from train.gather import chunks, kept_logits, split, stacked, take
+from train.gather import GATHERED, chunks, kept_logits, split, stacked, take
 from train.indexer import HELD, Candidates, Selection, scores
 
 __all__ = ["IndexLoss", "Watch", "attention_mass"]
@@ -75,9 +75,10 @@ class _Loss(torch.autograd.Function):
         total = weights_A.new_zeros(())
         grads = [torch.zeros_like(x, dtype=torch.float32) for x in (q_AHI, w_AH, k_TI, own_ASI)]
         if chosen_AK is None:
-            parts = chunks(len(q_AHI), len(candidates), HELD)
+            parts = chunks(len(q_AHI), len(candidates), HELD[k_TI.device.type])
         else:
-            parts = chunks(len(q_AHI), chosen_AK.shape[1] * entries_TX.shape[1])
+            held = GATHERED[k_TI.device.type]
+            parts = chunks(len(q_AHI), chosen_AK.shape[1] * entries_TX.shape[1], held)
         for c in parts:
             if chosen_AK is None:
                 seen = torch.arange(len(k_TI), device=k_TI.device) <= places_A[c, None]

@@ -23,7 +23,7 @@ from export.keymap import draft_keymap
 from featurestore import FeatureStore, steps_per_epoch
 from train.batch import open_split
 from train.cost import activation_bytes
-from train.sparse import check_attention
+from train.sparse import DENSE, Sparse, check_attention, form_of, mean_keys
 from train.start import check_weights, stored_layers
 
 __all__ = [
@@ -70,6 +70,7 @@ class Plan:
         checkpoint_bytes, kept: size of a checkpoint, and how many lie on the disk at most.
         steps: optimizer steps; None where they depend on a store that is not there.
         missing: in words, what the dump has still to do.
+        attention: in words.
     """
 
     anchors: int
@@ -87,6 +88,7 @@ class Plan:
     checkpoint_bytes: int
     kept: int
     missing: str = ""
+    attention: str = "dense"
 
     def __str__(self) -> str:
         uses = ", ".join(f"{name} {size / GIB:.1f}" for name, size in self.memory_bytes.items() if size)
@@ -106,7 +108,7 @@ class Plan:
             f"{self.trainable:,} parameters trained, {self.frozen:,} of the layer frozen,"
             f" {self.tables:,} in the target's embedding and head\n"
             f"memory of each of {self.ranks} ranks: at most {total:.1f} GiB ({uses}),\n"
-            f"with {self.anchors:,} anchors among the tokens of a micro-batch\n"
+            f"with {self.anchors:,} anchors among the tokens of a micro-batch, attention {self.attention}\n"
             f"a checkpoint is {self.checkpoint_bytes / GIB:.1f} GiB; at most {self.kept} lie on the disk,"
             f" with the best and one being written: {self.kept * self.checkpoint_bytes / GIB:.1f} GiB\n"
             f"{data}\n"
@@ -273,6 +275,7 @@ def _memory(
     tables: int,
     anchors: int,
     longest: int,
+    sparse: Sparse,
 ) -> dict[str, int]:
     """Bytes of one rank at its peak, by use: what stays, and the largest of what comes and goes.
 
@@ -288,6 +291,7 @@ def _memory(
         trainable, frozen, tables: elements of the layer, and of embedding and head.
         anchors: most anchors of a micro-batch.
         longest: tokens of the longest document.
+        sparse: how attention is.
     """
     train, ranks = config.train, num_ranks(config.train)
     size = 2 if train.dtype == "bfloat16" else 4
@@ -304,6 +308,9 @@ def _memory(
         steps=train.num_steps,
         size=size,
         longest=longest,
+        sparse=sparse.sparse,
+        form=sparse.form,
+        indexer=train.indexer,
     )
     experts = 3 * E * F * D
     backward = left + (experts + min(REDUCE_BUCKET, trainable)) * size
@@ -379,16 +386,20 @@ def plan(config: RunConfig) -> Plan:
     # without a store every token may be an anchor
     anchors = data.pop("anchors") or train.tokens_per_rank
     longest = data.pop("longest") or config.prompts.max_length
-    check_attention(train, model, longest)
+    keys = data.pop("keys") or longest - config.prompts.max_answer_tokens / 2
+    sparse = DENSE
+    if check_attention(train, model, longest):
+        sparse = Sparse(True, form_of(keys, "cuda" if train.dtype == "bfloat16" else "cpu"))
     return Plan(
         anchors=anchors,
         trainable=trainable,
         frozen=frozen,
         tables=tables,
         ranks=num_ranks(train),
-        memory_bytes=_memory(config, model, draft, trainable, frozen, tables, anchors, longest),
+        memory_bytes=_memory(config, model, draft, trainable, frozen, tables, anchors, longest, sparse),
         # bfloat16
         state_bytes=2 * (1 + len(layers)) * model["hidden_size"],
+        attention=("gathered sparse" if sparse.form else "masked sparse") if sparse.sparse else "dense",
         tokens_per_step=train.tokens_per_rank * num_ranks(train) * train.gradient_accumulation_steps,
         # master weights and two moments; what is served, in bfloat16
         checkpoint_bytes=12 * trainable + 2 * (trainable + frozen),
@@ -412,6 +423,7 @@ def _data(config: RunConfig, store: FeatureStore | None) -> dict[str, Any]:
         return {
             "anchors": None,
             "longest": None,
+            "keys": None,
             "documents": None,
             "tokens": None,
             "steps": train.max_steps,
@@ -433,6 +445,7 @@ def _data(config: RunConfig, store: FeatureStore | None) -> dict[str, Any]:
     return {
         "anchors": _most_anchors(config, store),
         "longest": int(store.length.max()),
+        "keys": mean_keys(store),
         "documents": len(lengths),
         "tokens": int(lengths.sum()),
         "steps": total_steps(config, steps),

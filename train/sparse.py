@@ -14,7 +14,7 @@ from configs.errors import ConfigError
 from configs.schema import TrainConfig
 from featurestore import FeatureStore
 
-__all__ = ["DENSE", "Sparse", "check_attention", "decide", "mean_keys"]
+__all__ = ["DENSE", "Sparse", "check_attention", "decide", "form_of", "mean_keys"]
 
 # index heads from which on no two candidates of a row scored alike (random weights); with 4, one row in
 # twenty has a tie at exactly 0, which each server resolves in its own way
@@ -100,6 +100,11 @@ def mean_keys(store: FeatureStore) -> float:
     return float(((length - wanted / 2) * wanted).sum() / max(wanted.sum(), 1))
 
 
+def form_of(keys: float, kind: str) -> str | None:
+    """The form of sparse attention where anchors see so many keys; None for the default of the device."""
+    return "gather" if keys >= GATHER_FROM[kind] else None
+
+
 def decide(train: TrainConfig, model: Mapping[str, Any], store: FeatureStore, where: device) -> Sparse:
     """How a run over a store attends; of all its documents, so that training and evaluation agree.
 
@@ -108,4 +113,4 @@ def decide(train: TrainConfig, model: Mapping[str, Any], store: FeatureStore, wh
     """
     if not check_attention(train, model, int(store.length.max())):
         return DENSE
-    return Sparse(True, "gather" if mean_keys(store) >= GATHER_FROM[where.type] else None)
+    return Sparse(True, form_of(mean_keys(store), where.type))
