@@ -14,7 +14,13 @@ from configs.schema import RunConfig
 __all__ = ["check_keys"]
 
 # which pass-through tables a verb hands on
-TABLES = {"dump": ("dump.vllm",), "train": ("train.deepspeed",), "verify": ("verify.vllm",)}
+TABLES = {
+    "dump": ("dump.vllm",),
+    "train": ("train.deepspeed",),
+    "verify": ("verify.vllm",),
+    "serve": ("serve.vllm",),
+    "bench-serve": ("serve.vllm",),
+}
 # arguments of vLLM's LLM that are not those of its engine
 LLM = frozenset({"swap_space", "mm_processor_kwargs", "pooler_config", "chat_template"})
 
@@ -56,6 +62,22 @@ def _vllm() -> frozenset[str]:
 
 
 @functools.cache
+def _vllm_serve() -> frozenset[str]:
+    """What `vllm serve` takes, its engine's arguments included."""
+    found: set[str] = set()
+    for file in ("engine/arg_utils.py", "entrypoints/launchers/cli_args.py"):
+        if (path := _source("vllm", file)) is None:
+            return frozenset()
+        tree = _parse(path)
+        for name in ("EngineArgs", "AsyncEngineArgs", "BaseFrontendArgs", "FrontendArgs"):
+            found |= _fields(tree, name)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value[:2] == "--":
+                found.add(node.value[2:].replace("-", "_"))
+    return frozenset(found)
+
+
+@functools.cache
 def _deepspeed() -> frozenset[str]:
     """Every word in the modules that read its configuration: more than the keys, but no misspelt one."""
     root = _source("deepspeed", "runtime/constants.py")
@@ -80,7 +102,7 @@ def _zero() -> frozenset[str]:
 def _check(table: str, given: Iterable[str], known: frozenset[str], whose: str) -> None:
     # without the package on this machine nothing can be said
     for name in given if known else ():
-        if name not in known:
+        if name.replace("-", "_") not in known:
             near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
             raise ConfigError(
                 f"{table}.{name}: {whose} has no such setting",
@@ -100,7 +122,7 @@ def check_keys(config: RunConfig, verb: str) -> None:
         if not given:
             continue
         if key == "vllm":
-            _check(table, given, _vllm(), "vLLM")
+            _check(table, given, _vllm_serve() if section == "serve" else _vllm(), "vLLM")
             continue
         _check(table, given, _deepspeed(), "DeepSpeed")
         zero = given.get("zero_optimization")

@@ -427,6 +427,11 @@ class RunConfig(Section):
                 raise ValueError(f"eagle3.{changed[0]} is set, but train.draft is {self.train.draft!r}")
             if self.export.draft_vocab_size is not None:
                 raise ValueError("export.draft_vocab_size is set, but an MTP draft has the target's head")
+        elif self.export.layout != "nextn" or self.export.quantization == "fp8":
+            raise ValueError(
+                f"export.layout = {self.export.layout!r}, export.quantization = {self.export.quantization!r}:"
+                " an EAGLE-3 draft has one layout, in bfloat16"
+            )
         if self.prompts.answers == "given" and self.prompts.thinking == "both":
             raise ValueError(
                 "prompts.thinking = 'both' needs the target's answers: prompts.answers = 'given'"

@@ -17,7 +17,7 @@ from configs.provenance import collect
 from configs.schema import RunConfig
 from configs.target import target_config
 from pipeline import child
-from pipeline.serve import arguments, running, url
+from pipeline.serve import arguments, running, served_name, url
 from pipeline.speculation import draft_directory, draft_path, view_of
 from pipeline.verify import answer_room, held_out
 
@@ -77,12 +77,11 @@ def _measure(config: RunConfig, number: int, concurrency: int, folder: Path) -> 
     result, log_file = folder / "bench.json", folder / "bench.log"
     result.unlink(missing_ok=True)
     target = config.require_target()
-    model = config.serve.vllm.get("served_model_name", target.absolute().name)
     options = {
         "backend": "openai",
         "base-url": url(config),
         "endpoint": "/v1/completions",
-        "model": model,
+        "model": served_name(config),
         "tokenizer": target,
         "dataset-name": "custom",
         "dataset-path": folder / "prompts.jsonl",

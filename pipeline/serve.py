@@ -35,7 +35,7 @@ from pipeline.speculation import (
 )
 from pipeline.view import make_view
 
-__all__ = ["Figures", "arguments", "figures", "plan", "ready", "run", "running", "url"]
+__all__ = ["Figures", "arguments", "figures", "plan", "ready", "run", "running", "served_name", "url"]
 
 # a server that is asked to end has this long to finish what it has begun, and some more to free its memory
 DRAIN_SECONDS = 3
@@ -93,7 +93,7 @@ def arguments(config: RunConfig, draft: str) -> list[str]:
             Checkpoint(target), directory, view_of(config.dump.view), config.dump.tensor_parallel_size
         )
     options: dict[str, Any] = {} if torch.cuda.is_available() else dict(CPU_ENGINE)
-    options |= {"host": settings.host, "port": settings.port, "served_model_name": target.absolute().name}
+    options |= {"host": settings.host, "port": settings.port, "served_model_name": served_name(config)}
     options["shutdown_timeout"] = DRAIN_SECONDS
     model, draft_dir = target.absolute(), directory and directory.absolute()
     if view_of(config.dump.view) == "v3":
@@ -105,7 +105,7 @@ def arguments(config: RunConfig, draft: str) -> list[str]:
             exact = target_config(target)["index_topk"]
             # by the target's type, which the view changes, vLLM would choose the way to render a chat
             options |= {"tokenizer_mode": "deepseek_v32", "max_model_len": exact}
-            if settings.vllm.get("max_model_len", 0) > exact:
+            if _longest(config) > exact:
                 raise ConfigError(
                     f"serve.vllm.max_model_len = {settings.vllm['max_model_len']:,} is more than the"
                     f" {exact:,} tokens up to which the V3 view equals sparse attention",
@@ -126,6 +126,20 @@ def _option(name: str, value: Any) -> list[str]:
     if isinstance(value, dict):
         return [f"--{flag}", json.dumps(value)]
     return [f"--{flag}", *map(str, value if isinstance(value, list | tuple) else [value])]
+
+
+def _longest(config: RunConfig) -> int:
+    """`serve.vllm.max_model_len`; 0 where it is not set. Raises ConfigError where it is no whole number."""
+    longest = config.serve.vllm.get("max_model_len", 0)
+    if not isinstance(longest, int):
+        raise ConfigError(f"serve.vllm.max_model_len = {longest!r}: expected a whole number of tokens")
+    return longest
+
+
+def served_name(config: RunConfig) -> str:
+    """The model's name in requests; the first one where `serve.vllm` gives it several."""
+    name = config.serve.vllm.get("served_model_name") or config.require_target().absolute().name
+    return str(name[0] if isinstance(name, list | tuple) else name)
 
 
 def url(config: RunConfig) -> str:
@@ -215,10 +229,7 @@ def figures(place: str) -> Figures:
 
 def _explain(config: RunConfig) -> None:
     """Say where the server is and how to ask it."""
-    place, model = (
-        url(config),
-        config.serve.vllm.get("served_model_name", config.require_target().absolute().name),
-    )
+    place, model = url(config), served_name(config)
     body = {"model": model, "messages": [{"role": "user", "content": "What does shutil.copy2 do?"}]}
     log("serve", f"ready: {place}/v1, model {model}")
     log(
@@ -265,6 +276,7 @@ def plan(config: RunConfig) -> str:
         ConfigError: no target is set, or the draft's path would mislead vLLM.
     """
     config.require_target()
+    _longest(config)
     directory = draft_path(config, config.serve.draft)
     if directory is not None:
         refuse_draft_name(config, directory)

@@ -124,6 +124,32 @@ def test_a_dry_run_fails_where_the_run_would(capsys, tiny_checkpoint, tmp_path):
     assert run(capsys, "serve", "--dry-run", *words, "export.dir=/no/nextn")[0] == 3
 
 
+def test_settings_that_a_server_does_not_take_are_refused_when_planning(capsys, tiny_checkpoint, tmp_path):
+    words = [f"target.path={tiny_checkpoint}", f"run.dir={tmp_path}", "serve.draft=none"]
+    for setting, said in (
+        ("max_modl_len=8", "did you mean serve.vllm.max_model_len?"),
+        ("max_model_len='8k'", "expected a whole number of tokens"),
+    ):
+        code, _, err = run(capsys, "serve", "--dry-run", *words, f"serve.vllm.{setting}")
+        assert (code, said in " ".join(err.split())) == (2, True), err
+    known = ["max_num_seqs=4", "api_key='x'", "ssl_keyfile='k'", "enable_log_requests=true"]
+    assert run(capsys, "serve", "--dry-run", *words, *(f"serve.vllm.{k}" for k in known))[0] == 0
+
+
+@pytest.mark.parametrize("named", ["[]", "null"])
+def test_a_draft_whose_configuration_names_no_architecture_is_refused(
+    capsys, tiny_checkpoint, tmp_path, named
+):
+    words = [f"target.path={tiny_checkpoint}", f"run.dir={tmp_path}"]
+    assert run(capsys, "export", *words, "export.checkpoint=released")[0] == 0
+    config, manifest = tmp_path / "nextn" / "config.json", tmp_path / "nextn" / "layer61.json"
+    said = json.loads(config.read_text())
+    manifest.unlink()
+    config.write_text(json.dumps(said | {"architectures": json.loads(named)}))
+    code, _, err = run(capsys, "serve", *words, "serve.draft=trained")
+    assert code == 3, err
+
+
 @pytest.mark.parametrize("size", [None, "x"])
 def test_half_of_a_launchers_environment_is_refused(capsys, tiny_checkpoint, tmp_path, monkeypatch, size):
     monkeypatch.setenv("RANK", "0")

@@ -9,8 +9,10 @@ import torch
 from configs import run_dir as runs
 from configs.errors import ConfigError, ContractError, InputError
 from configs.load import load_config
+from export import draft
 from export.checkpoint import Checkpoint
 from featurestore import open_store
+from pipeline.capture.settings import check_aux_layers
 from pipeline.tiny.write import random_checkpoint
 from tests.stores import write_store
 from train import evaluate, launch
@@ -141,10 +143,37 @@ def test_stores_and_settings_that_do_not_fit_are_refused(tmp_path, settings, tar
         run(tmp_path / "b", settings, f"train.store={shifted}")
     with pytest.raises(ConfigError, match="the target has 512 tokens"):
         run(tmp_path / "c", settings, "eagle3.draft_vocab_size=512")
+    # said by a dry run too, and of a dump before it has taken hours
+    for word, said in (
+        (f"train.store={bare}", "holds no layer inputs"),
+        (f"train.store={shifted}", "sglang adds 1"),
+        ("eagle3.draft_vocab_size=512", "the target has 512 tokens"),
+    ):
+        with pytest.raises((ConfigError, ContractError), match=said):
+            launch.plan(load_config([], [*settings, f"run.dir={tmp_path / 'd'}", word]))
+    launch.plan(load_config([], [*settings, "eagle3.draft_vocab_size=64"]))
+    with pytest.raises(ConfigError, match="sglang adds 1"):
+        check_aux_layers(load_config([], ["dump.aux_layers=[1, 3]"]), Checkpoint(target).config)
+    for words in ("export.layout=stitched", "export.quantization=fp8"):
+        with pytest.raises(ConfigError, match="an EAGLE-3 draft has one layout, in bfloat16"):
+            load_config([], ["train.draft=eagle3", words])
     with pytest.raises(ConfigError, match=r"eagle3.fc_norm is set, but train.draft is 'mtp'"):
         load_config([], ["eagle3.fc_norm=true"])
     with pytest.raises(ConfigError, match="ascending"):
         load_config([], ["dump.aux_layers=[3, 2]"])
+
+
+def test_the_plan_of_an_export_refuses_what_the_export_would(tmp_path, plain, settings):
+    words = [*settings, f"run.dir={plain[0]}", f"export.dir={tmp_path / 'out'}"]
+    draft.run(load_config([], words))
+    assert "EAGLE-3 draft of step" in draft.plan(load_config([], words))
+    for changed, said in (
+        ("export.draft_vocab_size=64", "draft_vocab_size was None, asked for is 64"),
+        (f"export.dir={tmp_path}", "is not an export of this program"),
+        ("export.checkpoint=released", "no EAGLE-3 draft"),
+    ):
+        with pytest.raises(InputError, match=said):
+            draft.plan(load_config([], [*words, changed]))
 
 
 def test_a_draft_of_another_store_or_architecture_is_refused(tmp_path, plain, settings, target):

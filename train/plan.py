@@ -25,6 +25,7 @@ from train.batch import open_split
 from train.cost import activation_bytes
 from train.sparse import DENSE, Sparse, check_attention, form_of, mean_keys
 from train.start import check_weights, stored_layers
+from train.vocabulary import kept_tokens, stop_ids
 
 __all__ = [
     "Plan",
@@ -366,6 +367,10 @@ def plan(config: RunConfig) -> Plan:
         there = None if store is None else stored_layers(store, model)
         layers = there or list(config.dump.aux_layers) or usual_layers(model)
         draft = new_config(config, model, layers)
+        if (size := config.eagle3.draft_vocab_size) is not None:
+            # which tokens they are is counted later; how many there may be is known
+            none = np.zeros(model["vocab_size"], np.int64)
+            kept_tokens(none, size, stop_ids(model), "eagle3.draft_vocab_size")
     trainable = frozen = 0
     ops = draft_keymap(model, draft)
     check_sinks(train)

@@ -7,6 +7,7 @@ from torch import cuda
 
 from configs import run_dir
 from configs.contract import Contract, Engine, State, norm_and_head_sha256, target_contract
+from configs.eagle3 import refuse_layers
 from configs.errors import ConfigError
 from configs.provenance import vllm_version
 from configs.schema import RunConfig
@@ -59,12 +60,14 @@ def choose_view(config: RunConfig, target: dict[str, Any], *, gpu: bool | None =
 
 
 def check_aux_layers(config: RunConfig, target: dict[str, Any]) -> None:
-    """Refuse layers that the target does not have.
+    """Refuse layers that the target does not have, or whose draft a server would shift.
 
     Raises:
-        ConfigError: a layer of `dump.aux_layers` is not below `num_hidden_layers`.
+        ConfigError: a layer of `dump.aux_layers` is not below `num_hidden_layers`, or the first is 1.
     """
     ids, layers = config.dump.aux_layers, target["num_hidden_layers"]
+    # now, not when all is dumped
+    refuse_layers(ids)
     if ids and ids[-1] >= layers:
         raise ConfigError(
             f"dump.aux_layers = {list(ids)}: the last of the target's {layers} layers is {layers - 1}",
