@@ -6,6 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
+from configs.progress import count
+
 __all__ = ["acceptance_rows", "columns", "cost_rows", "table"]
 
 Drafts = Mapping[str, Mapping[str, Any]]
@@ -14,7 +16,7 @@ Drafts = Mapping[str, Mapping[str, Any]]
 def columns(drafts: Drafts) -> list[str]:
     """A heading for each draft: its name, or where it lies, and its kind."""
     kinds = {"mtp": "MTP", "eagle3": "EAGLE-3"}
-    return [f"{Path(name).name}, {kinds[found['kind']]}" for name, found in drafts.items()]
+    return [f"{Path(name).name}\n{kinds[found['kind']]}" for name, found in drafts.items()]
 
 
 def acceptance_rows(drafts: Drafts) -> list[list[str]]:
@@ -26,10 +28,10 @@ def acceptance_rows(drafts: Drafts) -> list[list[str]]:
     served = max(map(len, found))
     rows = []
     for k in range(1, served + 1):
-        name = "acceptance length, vLLM, 1 draft token" if k == 1 else f"{k} draft tokens"
+        name = f"length, vLLM, {count(k, 'draft token')}"
         rows.append([name, *(f"{1 + sum(shares[:k]):.3f}" for shares in found)])
     return rows + [
-        [f"acceptance at position {k + 1}", *(f"{shares[k]:.1%}" for shares in found)] for k in range(served)
+        [f"accepted at position {k + 1}", *(f"{shares[k]:.1%}" for shares in found)] for k in range(served)
     ]
 
 
@@ -40,7 +42,7 @@ def cost_rows(drafts: Drafts) -> list[list[str]]:
         return [name, *(f"{draft[key] / 1e6:,.1f} {unit}" for draft in drafts.values())]
 
     return [
-        row("parameters read for a draft token", "parameters_read", "M"),
+        row("parameters read a token", "parameters_read", "M"),
         row("of them in the head", "head_parameters_read", "M"),
         row("size of the draft", "bytes", "MB"),
     ]
@@ -49,7 +51,7 @@ def cost_rows(drafts: Drafts) -> list[list[str]]:
 def table(title: str, drafts: Drafts, sections: Sequence[Sequence[Sequence[str]]]) -> Table:
     """Sections of rows; those that are shorter than the header are filled with nothing."""
     made = Table(title=title, title_justify="left")
-    made.add_column("held-out conversations")
+    made.add_column("acceptance on held-out text")
     for heading in columns(drafts):
         made.add_column(heading, justify="right", overflow="fold")
     for number, rows in enumerate(sections):

@@ -18,7 +18,7 @@ from configs.engine_keys import check_keys
 from configs.errors import InputError, Layer61Error
 from configs.files import read_json, write_json
 from configs.load import freeze, load_config
-from configs.progress import console, log, say
+from configs.progress import console, count, log, say
 from configs.provenance import collect
 from configs.schema import RunConfig
 from pipeline.comparison import acceptance_rows, cost_rows, table
@@ -110,10 +110,10 @@ def _table(summary: dict[str, Any]) -> Table:
         drafts[f"{pruned['draft_vocab_size']:,} tokens"] = pruned
     offline = [f"{draft['offline_acceptance_length']:.3f}" for draft in drafts.values()]
     places = len(summary["after"]["acceptance_per_position"])
-    first = [[f"acceptance length, offline, {places} draft tokens", *offline]]
+    first = [[f"length, offline, {count(places, 'draft token')}", *offline]]
     sections = [first, acceptance_rows(drafts), cost_rows(drafts)]
     if summary["loop_share"] is not None:
-        sections.append([["target's answers that are loops", f"{summary['loop_share']:.1%} of tokens"]])
+        sections.append([["answers that are loops", f"{summary['loop_share']:.1%}"]])
     stages = summary["stages"].items()
     sections.append([[n, f"{c['seconds']:.0f} s", f"{c['bytes'] / 2**20:,.1f} MiB"] for n, c in stages])
     peak = f"{summary['peak_rss_bytes'] / 2**30:.1f} GiB RAM"

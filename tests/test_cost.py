@@ -89,12 +89,12 @@ def test_the_table_shows_a_column_for_each_draft():
         "released": {"kind": "mtp", "acceptance_per_position": [0.8, 0.5], **cost},
         "runs/a/eagle3-1024": {"kind": "eagle3", "acceptance_per_position": [0.6, 0.25], **cost},
     }
-    assert columns(drafts) == ["released, MTP", "eagle3-1024, EAGLE-3"]
+    assert columns(drafts) == ["released\nMTP", "eagle3-1024\nEAGLE-3"]
     assert acceptance_rows(drafts) == [
-        ["acceptance length, vLLM, 1 draft token", "1.800", "1.600"],
-        ["2 draft tokens", "2.300", "1.850"],
-        ["acceptance at position 1", "80.0%", "60.0%"],
-        ["acceptance at position 2", "50.0%", "25.0%"],
+        ["length, vLLM, 1 draft token", "1.800", "1.600"],
+        ["length, vLLM, 2 draft tokens", "2.300", "1.850"],
+        ["accepted at position 1", "80.0%", "60.0%"],
+        ["accepted at position 2", "50.0%", "25.0%"],
     ]
-    assert cost_rows(drafts)[0] == ["parameters read for a draft token", "1,679.5 M", "1,679.5 M"]
+    assert cost_rows(drafts)[0] == ["parameters read a token", "1,679.5 M", "1,679.5 M"]
     assert cost_rows(drafts)[2] == ["size of the draft", "1,505.6 MB", "1,505.6 MB"]
