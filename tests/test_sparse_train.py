@@ -14,7 +14,7 @@ from tests.rank_jobs import run_job
 from tests.stores import write_store
 from train import evaluate, launch
 from train.model import load_layer
-from train.sparse import check_attention
+from train.sparse import check_attention, decide, mean_keys
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,7 @@ def test_an_indexer_is_trained_alone_or_beside_the_layer_and_its_loss_falls(
     found = evaluate.run(config)["selection"]
     assert {row["length"] for row in found["by_length"]} == {"1-128"}
     assert [row["step"] for row in found["by_length"]] == [1, 2, 3]
+    assert all(1 <= row["acceptance_length"] <= 4 for row in found["by_length"])
     assert 0 < found["overlap"] < 1
     released = load_config([], [*settings, "evaluate.checkpoint=released"])
     assert evaluate.run(released)["selection"]["overlap"] == 1
@@ -140,6 +141,20 @@ def test_targets_whose_indexer_cannot_serve_are_refused(sparse_checkpoint, words
         check_attention(load_config([], words).train, model, 130)
     assert said in caught.value.message
     assert caught.value.hint
+
+
+def test_few_keys_of_many_are_gathered_and_others_masked(sparse_checkpoint, long_store):
+    model, store, train = (
+        Checkpoint(sparse_checkpoint).config,
+        open_store(long_store),
+        load_config([], []).train,
+    )
+    # the longest answer is the second half of 130 tokens
+    assert 60 < mean_keys(store) < 130
+    cpu = torch.device("cpu")
+    assert decide(train, model, store, cpu) == (True, None)
+    assert decide(train, model | {"index_topk": 2}, store, cpu) == (True, "gather")
+    assert decide(train, model | {"index_topk": 1000}, store, cpu) == (False, None)
 
 
 def test_a_target_without_an_indexer_is_dense_at_any_length(sparse_checkpoint, long_store):

@@ -365,7 +365,12 @@ def run(config: RunConfig) -> dict[str, Any]:
             progress=bar.advance,
         )
     if attention.sparse:
-        found["selection"] = _selection(config, store, documents, draft, weights == target)
+        chosen = _selection(config, store, documents, draft, weights == target)
+        greedy = [row for row in found["by_length"] if not row["temperature"]]
+        accepted = {(row["length"], row["num_steps"]): row["acceptance_length"] for row in greedy}
+        for row in chosen["by_length"]:
+            row["acceptance_length"] = accepted[row["length"], row["step"]]
+        found["selection"] = chosen
     found |= {"checkpoint": name, "weights": str(weights), "store": config.train_store_path}
     write_json(run_dir.evaluation(config.run.dir, name), {"format": 2, **found})
     return found

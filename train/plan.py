@@ -394,7 +394,8 @@ def plan(config: RunConfig) -> Plan:
     keys = data.pop("keys") or longest - config.prompts.max_answer_tokens / 2
     sparse = DENSE
     if check_attention(train, model, longest):
-        sparse = Sparse(True, form_of(keys, "cuda" if train.dtype == "bfloat16" else "cpu"))
+        kind = "cuda" if train.dtype == "bfloat16" else "cpu"
+        sparse = Sparse(True, form_of(keys, model["index_topk"], kind))
     return Plan(
         anchors=anchors,
         trainable=trainable,

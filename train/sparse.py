@@ -19,9 +19,9 @@ __all__ = ["DENSE", "Sparse", "check_attention", "decide", "form_of", "mean_keys
 # index heads from which on no two candidates of a row scored alike (random weights); with 4, one row in
 # twenty has a tie at exactly 0, which each server resolves in its own way
 LEAST_HEADS = 8
-# keys an anchor sees on average from which on gathering its latents beats masking all keys, by type of device
-# (benchmarks/attention.py; on CUDA by the arithmetic of both, not measured)
-GATHER_FROM = {"cpu": 6_000, "cuda": 14_000}
+# how many times index_topk keys an anchor sees on average, from which on gathering what it keeps takes less
+# time than masking the rest, by type of device: benchmarks/attention.py on CPU; on CUDA by arithmetic alone
+GATHER_FROM = {"cpu": 20, "cuda": 7}
 
 
 class Sparse(NamedTuple):
@@ -100,9 +100,9 @@ def mean_keys(store: FeatureStore) -> float:
     return float(((length - wanted / 2) * wanted).sum() / max(wanted.sum(), 1))
 
 
-def form_of(keys: float, kind: str) -> str | None:
+def form_of(keys: float, topk: int, kind: str) -> str | None:
     """The form of sparse attention where anchors see so many keys; None for the default of the device."""
-    return "gather" if keys >= GATHER_FROM[kind] else None
+    return "gather" if keys >= GATHER_FROM[kind] * topk else None
 
 
 def decide(train: TrainConfig, model: Mapping[str, Any], store: FeatureStore, where: device) -> Sparse:
@@ -113,4 +113,4 @@ def decide(train: TrainConfig, model: Mapping[str, Any], store: FeatureStore, wh
     """
     if not check_attention(train, model, int(store.length.max())):
         return DENSE
-    return Sparse(True, form_of(mean_keys(store), where.type))
+    return Sparse(True, form_of(mean_keys(store), model["index_topk"], where.type))
