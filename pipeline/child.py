@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -45,8 +46,15 @@ def start(
         environment: variables to set there before any of our code runs; what the user has set wins.
     """
     process = multiprocessing.get_context("spawn").Process(target=target, args=args, name=name)
-    with _environment(QUIET | environment):
-        process.start()
+    # started with the first process, it would unblock what is blocked below
+    resource_tracker.ensure_running()
+    # a terminal's interrupt reaches the new process too until it has entered: it inherits what is blocked
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        with _environment(QUIET | environment):
+            process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     return process
 
 
@@ -76,6 +84,10 @@ def enter(log: str, *, append: bool = False) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.setpgrp()
+    # one that came before is forgotten
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    signal.signal(signal.SIGINT, handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     assert parent is not None

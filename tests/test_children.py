@@ -1,5 +1,6 @@
 """Whatever ends a verb, the processes of its engine end with it."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 from configs.files import write_json
 from export import nextn
+from pipeline import child
 from tests.test_verify import layer_of
 
 # the last that an engine says before it serves
@@ -37,6 +39,25 @@ def descendants(pid: int) -> set[psutil.Process]:
         return set(psutil.Process(pid).children(recursive=True))
     except psutil.NoSuchProcess:
         return set()
+
+
+def answer(log: str, out: str) -> None:
+    """Body of a process."""
+    child.enter(log)
+    Path(out).write_text("done")
+
+
+def test_an_interrupt_never_reaches_a_process_that_is_being_started(tmp_path: Path) -> None:
+    """As a terminal sends it, to all that it has started; who started the process decides."""
+    process = child.start(answer, (str(tmp_path / "log"), str(tmp_path / "out")), "child", {})
+    assert process.pid is not None
+    for wait_s in (0.0, 0.3, 0.3):
+        time.sleep(wait_s)
+        os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 0
+    assert (tmp_path / "out").read_text() == "done"
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
