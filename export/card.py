@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from configs.progress import count
 from configs.provenance import collect
 
 __all__ = ["model_card"]
@@ -38,13 +39,14 @@ the GPUs: acceptance falls. There, serve it in sglang, or wait for a version tha
 """
 
 
-def model_card(manifest: Mapping[str, Any], acceptance: float | None, target: Mapping[str, Any]) -> str:
+def model_card(manifest: Mapping[str, Any], metrics: Mapping[str, Any], target: Mapping[str, Any]) -> str:
     """The text of README.md.
 
     Args:
         manifest: `kind`, `contract`, `step`, `bytes`, `servers` of the export, and of an EAGLE-3 draft
             `aux_layers` and `draft_vocab_size`.
-        acceptance: offline acceptance length on held-out documents, where it was measured.
+        metrics: what was measured of these tensors: `acceptance_length` and `acceptance_per_position` on
+            held-out documents, offline; empty where nothing was.
         target: config.json of the target.
     """
     eagle3 = manifest["kind"] == "eagle3"
@@ -55,9 +57,7 @@ def model_card(manifest: Mapping[str, Any], acceptance: float | None, target: Ma
         f" config.json {(contract.get('target') or {}).get('config_sha256', 'unknown')[:16]}",
         "bytes": f"{manifest['bytes']:,}",
         "loads in": ", ".join(manifest["servers"]),
-        "acceptance length, offline, held-out answers": "not measured"
-        if acceptance is None
-        else f"{acceptance:.3f}",
+        "acceptance length, offline, held-out answers": _acceptance(metrics),
         "trained for": "as released" if manifest["step"] is None else f"{manifest['step']:,} steps",
         "data": f"states of the target's own answers, documents of at most {contract['max_length']:,} tokens"
         if "max_length" in contract
@@ -77,3 +77,12 @@ def model_card(manifest: Mapping[str, Any], acceptance: float | None, target: Ma
         algorithm="EAGLE3" if eagle3 else "NEXTN",
         rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
     )
+
+
+def _acceptance(metrics: Mapping[str, Any]) -> str:
+    if metrics.get("acceptance_length") is None:
+        return "not measured"
+    said = f"{metrics['acceptance_length']:.3f}"
+    # checkpoints of earlier versions do not say with how many
+    drafts = len(metrics.get("acceptance_per_position") or [])
+    return f"{said} with {count(drafts, 'draft token')} a step" if drafts else said

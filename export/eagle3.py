@@ -249,6 +249,7 @@ def _fill(place: Path, plan: Plan, keep: Keep | None) -> dict[str, Any]:
         "servers": servers,
         "files": {FILE: entry},
     }
-    acceptance = (said.get("metrics") or {}).get("acceptance_length")
-    (place / "README.md").write_text(model_card(manifest, acceptance, target.config), encoding="utf-8")
+    # of the draft with all tokens, where some are left out here
+    metrics = {} if plan.prune_to else said.get("metrics") or {}
+    (place / "README.md").write_text(model_card(manifest, metrics, target.config), encoding="utf-8")
     return manifest

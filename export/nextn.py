@@ -99,7 +99,7 @@ class Plan:
     contract: dict[str, Any] | None
     draft: dict[str, Any] | None
     step: int | None
-    acceptance: float | None
+    metrics: dict[str, Any]
     kept: dict[str, tuple[str, ...]] = field(default_factory=dict)
     links: tuple[str, ...] = ()
 
@@ -231,7 +231,7 @@ def prepare(
         contract=said.get("contract"),
         draft=said.get("draft"),
         step=said.get("step"),
-        acceptance=(said.get("metrics") or {}).get("acceptance_length"),
+        metrics=said.get("metrics") or {},
         kept=kept,
         links=links,
     )
@@ -490,7 +490,7 @@ def _write(plan: Plan, directory: Path) -> dict[str, Any]:
         "fp8_errors": fp8_errors,
         "files": files,
     }
-    card = model_card(manifest, plan.acceptance, target.config)
+    card = model_card(manifest, plan.metrics, target.config)
     (directory / "README.md").write_text(card, encoding="utf-8")
     return manifest
 

@@ -68,6 +68,8 @@ def test_the_directory_holds_every_tensor_and_says_what_servers_read(tmp_path, t
     card = (tmp_path / "out/README.md").read_text()
     assert '"method": "eagle3"' in card
     assert "--speculative-algorithm EAGLE3" in card
+    assert "On more than one GPU, vLLM 0.32.0 hands a draft of DeepSeek-V3.2" in card
+    assert "| acceptance length, offline, held-out answers | not measured |" in card
     assert export(weights, target, tmp_path / "out")["reused"]
 
 
@@ -165,6 +167,18 @@ def test_a_dry_run_says_what_the_export_then_writes_and_refuses_what_it_would(tm
     (tmp_path / "taken/notes").touch()
     with pytest.raises(InputError, match="not an export of this program"):
         draft.plan(load_config([], [*words, f"export.dir={tmp_path / 'taken'}"]))
+
+
+def test_the_card_says_what_was_measured_of_these_tensors_alone(tmp_path, target):
+    """A pruned export is another draft than the one that was evaluated."""
+    weights = write_draft(tmp_path / "step/weights", target)
+    measured = {"acceptance_length": 2.345, "acceptance_per_position": [0.7, 0.4, 0.245]}
+    write_json(tmp_path / "step/layer61.json", {"format": 2, "step": 7, "metrics": measured})
+    export(weights, target, tmp_path / "whole")
+    export(weights, target, tmp_path / "pruned", draft_vocab_size=len(KEEP), keep=lambda size: KEEP)
+    cards = {name: (tmp_path / name / "README.md").read_text() for name in ("whole", "pruned")}
+    assert "held-out answers | 2.345 with 3 draft tokens a step |" in cards["whole"]
+    assert "held-out answers | not measured |" in cards["pruned"]
 
 
 def test_a_draft_of_v32_on_several_gpus_is_warned_of_in_vllm(tmp_path, target, capsys):

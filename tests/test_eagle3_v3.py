@@ -86,4 +86,4 @@ def test_a_v3_target_is_dumped_and_its_eagle3_draft_trained_and_exported(config,
     assert check_eagle3(config.export_dir, target) == {"vllm": [], "sglang": []}
     assert made["aux_layers"] == AUX
     assert f"{made['tensors']} tensors, {made['bytes'] / 1e9:,.3f} GB" in said
-    assert "several GPUs" not in (config.export_dir / "README.md").read_text()
+    assert "more than one GPU" not in (config.export_dir / "README.md").read_text()
