@@ -138,6 +138,9 @@ def test_stores_and_settings_that_do_not_fit_are_refused(tmp_path, settings, tar
     with pytest.raises(ContractError, match="holds no layer inputs") as caught:
         run(tmp_path / "a", settings, f"train.store={bare}")
     assert "dump.aux_layers" in caught.value.hint
+    # a dry run fails where the run would
+    with pytest.raises(ContractError, match="holds no layer inputs"):
+        launch.plan(load_config([], [*settings, f"run.dir={tmp_path / 'a'}", f"train.store={bare}"]))
     shifted = write_store(tmp_path / "shifted", target, lengths=[24] * 8, aux_layers=[1, 3])
     with pytest.raises(ConfigError, match="sglang adds 1"):
         run(tmp_path / "b", settings, f"train.store={shifted}")
