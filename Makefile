@@ -19,7 +19,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-ray demo demo-eagle3 target dump-hidden-states train export-nextn evaluate verify serve bench-serve \
 	report test test-fast check check-sglang \
-	bench-store bench-dump bench-moe bench-loss bench-train bench-attention bench-checkpoint kernels-report gpu-rehearsal clean
+	bench-store bench-dump bench-moe bench-loss bench-train bench-attention bench-checkpoint bench-acceptance kernels-report gpu-rehearsal clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -115,6 +115,9 @@ bench-attention: setup ## sparse attention by form: time and memory beside the a
 
 bench-checkpoint: setup ## saving and loading 300 million parameters, beside the disk's own speed
 	$(BIN)/python -m benchmarks.checkpoint $(ARGS)
+
+bench-acceptance: setup ## offline acceptance beside vLLM's, on the same text (ARGS="--draft RUN/nextn")
+	$(BIN)/python -m benchmarks.acceptance $(ARGS)
 
 kernels-report: setup ## registers, spills and shared memory of each kernel, compiled ahead of time
 	$(BIN)/python -m benchmarks.kernels_report $(ARGS)

@@ -323,7 +323,7 @@ class VerifyConfig(Section):
     num_speculative_tokens: int = Field(3, ge=1, le=MOST_DRAFTS)
     """Draft tokens a step."""
     num_steps_max: int = Field(6, ge=1, le=MOST_DRAFTS)
-    """Acceptance is told for every number of draft tokens up to this one."""
+    """Acceptance is told for every number of draft tokens up to this one, which is served as well."""
     max_conversations: int | None = Field(None, ge=1)
     """Held-out conversations to serve; all by default."""
     max_tokens: int = Field(256, ge=2)
@@ -331,7 +331,7 @@ class VerifyConfig(Section):
     drafts: tuple[str, ...] = Field(("released", "trained"), min_length=1)
     """What to compare: `released` (the target's own layer), `trained` (the export), directories of drafts."""
     temperature: float = Field(1.0, ge=0)
-    """Measured as well, beside temperature 0; with 0 that is all."""
+    """Measured as well, with `prompts.top_p`, beside temperature 0; with 0 that is all."""
     vllm: dict[str, Any] = Field(default_factory=dict)
     """Passed to vLLM's engine untouched."""
 

@@ -29,8 +29,8 @@ GRACE_SECONDS = 5.0
 REST_SECONDS = 2.0
 
 
-# the environment of an engine that serves: the model classes as vLLM ships them, without the capture's
-SERVED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_PLUGINS": ""}
+# the environment of an engine that serves: no plugin but ours, which leaves the model classes as they are
+SERVED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_PLUGINS": "layer61"}
 # what vLLM leaves in shared memory when it is killed is cleaned up, with this warning
 QUIET = {"PYTHONWARNINGS": "ignore:resource_tracker:UserWarning"}
 

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from configs.progress import count
 
-__all__ = ["acceptance_rows", "columns", "cost_rows", "table"]
+__all__ = ["acceptance_rows", "columns", "cost_rows", "table", "with_interval"]
 
 Drafts = Mapping[str, Mapping[str, Any]]
 
@@ -19,19 +19,37 @@ def columns(drafts: Drafts) -> list[str]:
     return [f"{Path(name).name}\n{kinds[found['kind']]}" for name, found in drafts.items()]
 
 
-def acceptance_rows(drafts: Drafts) -> list[list[str]]:
-    """Acceptance length by the number of draft tokens, and the share accepted at each position.
+def with_interval(found: Mapping[str, Any]) -> str:
+    """An acceptance length and its bounds."""
+    bounds = "" if found["low"] is None else f" ({found['low']:.2f}-{found['high']:.2f})"
+    return f"{found['acceptance_length']:.3f}{bounds}"
 
-    With fewer draft tokens than were served: as if the others had not been looked at, at the same places.
+
+def acceptance_rows(drafts: Drafts) -> list[list[str]]:
+    """Acceptance length by number of draft tokens, temperature, source and length; the share by position.
+
+    A kind of text has a row where there are several, at the number of draft tokens that all figures have.
     """
-    found = [draft["acceptance_per_position"] for draft in drafts.values()]
-    served = max(map(len, found))
+    first, *_ = found = list(drafts.values())
+    K = first["num_speculative_tokens"]
     rows = []
-    for k in range(1, served + 1):
-        name = f"length, vLLM, {count(k, 'draft token')}"
-        rows.append([name, *(f"{1 + sum(shares[:k]):.3f}" for shares in found)])
+    for place, row in enumerate(first["by_num_steps"]):
+        kind = "sampled" if row["temperature"] else "vLLM"
+        name = f"length, {kind}, {count(row['num_steps'], 'draft token')}"
+        rows.append([name, *(with_interval(draft["by_num_steps"][place]) for draft in found)])
+    for kind, unit in (("source", ""), ("length", " tokens")):
+        places = [
+            place
+            for place, row in enumerate(first[f"by_{kind}"])
+            if (row["num_steps"], row["temperature"]) == (K, 0)
+        ]
+        for place in places if len(places) > 1 else []:
+            name = f"{first[f'by_{kind}'][place][kind]}{unit}, {count(K, 'draft token')}"
+            rows.append([name, *(with_interval(draft[f"by_{kind}"][place]) for draft in found)])
+    shares = [draft["acceptance_per_position"] for draft in found]
     return rows + [
-        [f"accepted at position {k + 1}", *(f"{shares[k]:.1%}" for shares in found)] for k in range(served)
+        [f"accepted at position {k + 1}", *(f"{one[k]:.1%}" for one in shares)]
+        for k in range(max(map(len, shares)))
     ]
 
 

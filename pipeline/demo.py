@@ -21,7 +21,7 @@ from configs.load import freeze, load_config
 from configs.progress import console, count, log, say
 from configs.provenance import collect
 from configs.schema import RunConfig
-from pipeline.comparison import acceptance_rows, cost_rows, table
+from pipeline.comparison import acceptance_rows, cost_rows, table, with_interval
 
 __all__ = ["run"]
 
@@ -108,8 +108,8 @@ def _table(summary: dict[str, Any]) -> Table:
     drafts = {"released": summary["before"], "trained": summary["after"]}
     if (pruned := summary.get("pruned")) is not None:
         drafts[f"{pruned['draft_vocab_size']:,} tokens"] = pruned
-    offline = [f"{draft['offline_acceptance_length']:.3f}" for draft in drafts.values()]
     places = len(summary["after"]["acceptance_per_position"])
+    offline = [with_interval(draft["offline"]) for draft in drafts.values()]
     first = [[f"length, offline, {count(places, 'draft token')}", *offline]]
     sections = [first, acceptance_rows(drafts), cost_rows(drafts)]
     if summary["loop_share"] is not None:
@@ -193,10 +193,20 @@ def run(files: Sequence[str], overrides: Sequence[str], *, dry_run: bool = False
     (served,) = results["verify"]
     figures = [served["before"], served["after"]]
     figures += [served["drafts"][str(pruned[1])]] if pruned is not None else []
-    keys = ["acceptance_length", "acceptance_per_position", "kind"]
+    keys = [
+        "acceptance_length",
+        "low",
+        "high",
+        "acceptance_per_position",
+        "num_speculative_tokens",
+        "sampled",
+    ]
+    keys += ["by_num_steps", "by_source", "by_length", "recommendation", "kind"]
     keys += ["parameters_read", "head_parameters_read", "bytes"]
     before, after, *third = (
-        {k: found[k] for k in keys} | {"offline_acceptance_length": offline["acceptance_length"]}
+        {k: found[k] for k in keys}
+        | {"offline_acceptance_length": offline["acceptance_length"]}
+        | {"offline": {k: offline[k] for k in ("acceptance_length", "low", "high")}}
         for found, offline in zip(figures, results["evaluate"], strict=True)
     )
     summary = {
@@ -218,6 +228,7 @@ def run(files: Sequence[str], overrides: Sequence[str], *, dry_run: bool = False
         f"greedy output with the draft: {greedy['equal']} of {greedy['requests']} equal to plain decoding,"
         f" {greedy['ties']} diverge at a tie (within the target's own rounding), {greedy['different']} differ"
     )
+    say(served["recommendation"])
     for verb, place in places.items():
         say(f"{verb:<9} {place}")
     say(f"summary   {folder / run_dir.SUMMARY}")

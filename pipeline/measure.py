@@ -1,15 +1,14 @@
-"""One vLLM engine over all prompts of a verification: its outputs, its counters, its logits."""
+"""One vLLM engine over all prompts of a verification: its answers, what it accepts, its logits, its speed."""
 
 import contextlib
 import multiprocessing
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from configs.errors import Layer61Error
 from configs.progress import log, task
@@ -24,8 +23,9 @@ KEPT_LOGITS = 20
 READ_AGAIN = 64
 # an engine that is done takes about a second to end
 CLOSE_SECONDS = 20.0
-DRAFTS = "vllm:spec_decode_num_drafts"
-ACCEPTED = "vllm:spec_decode_num_accepted_tokens_per_pos"
+# requests at a time whose steps are timed, as far as the engine takes them, and steps of each
+CONCURRENCY = (1, 4, 16, 64, 256)
+TIMED_STEPS = 6
 
 
 def measure(name: str, job: dict[str, Any]) -> dict[str, Any]:
@@ -34,14 +34,18 @@ def measure(name: str, job: dict[str, Any]) -> dict[str, Any]:
     Args:
         name: for messages.
         job: `engine` (arguments of vLLM's LLM), `prompts` (token ids), `max_tokens` of each answer,
-            `stop_token_ids`, `log` (file of the engine's output), `temperature` (where it is not 0, answer
-            all prompts again with it), `logits` (None, or the file that keeps the target's logits and makes
-            the engine measure its noise; the engine must return raw logits).
+            `stop_token_ids`, `log` (file of the engine's output), `rounds` (numbers of draft tokens, all
+            prompts answered with each; [0] without drafts), `temperature` and `top_p` (where the temperature
+            is not 0, every round answers all prompts sampled as well), `marked` (prompts whose drafts are
+            kept), `logits` (None, or the file that keeps the target's logits and makes the engine measure its
+            noise; the engine must return raw logits).
 
     Returns:
-        `start_seconds`, `dtype`; of the greedy answers `seconds`, `outputs` (token ids of each answer) and
-        with speculation `num_drafts` and `num_accepted_per_position`; `sampled`: the same at `temperature`;
-        with `logits` the `noise`, as `greedy.noise`.
+        `start_seconds`, `dtype`; `rounds`, in the order asked for: `num_steps`, `seconds`, and `greedy` and
+        `sampled` (None at temperature 0), each with `outputs` (token ids of each answer), and with drafts
+        `accepted` (of each answer, the draft tokens accepted in each step) and `drafts` (of the first
+        `marked` answers, the draft tokens of each step); `step_seconds`: by number of draft tokens and number
+        of requests, as strings, the median time of a step; with `logits` the `noise`, as `greedy.noise`.
 
     Raises:
         Layer61Error: the engine failed; names its log.
@@ -53,9 +57,9 @@ def measure(name: str, job: dict[str, Any]) -> dict[str, Any]:
     process = child.start(_answer, (job, theirs), f"layer61-{name}", environment)
     theirs.close()
     try:
-        rounds = 2 if job["temperature"] else 1
+        answers = len(job["rounds"]) * len(job["prompts"]) * (2 if job["temperature"] else 1)
         with (
-            task(f"verify: {name}", rounds * len(job["prompts"]), "answers") as progress,
+            task(f"verify: {name}", answers, "answers") as progress,
             contextlib.suppress(EOFError),
         ):
             while result is None:
@@ -72,36 +76,10 @@ def measure(name: str, job: dict[str, Any]) -> dict[str, Any]:
             f"vLLM failed while serving the {name}: {child.last_error(Path(job['log']))}",
             f"see {job['log']}",
         )
-    tokens = sum(map(len, result["outputs"]))
-    log("verify", f"{name}: {tokens:,} tokens in {result['seconds']:.1f} s")
+    kinds = [r[kind] for r in result["rounds"] for kind in ("greedy", "sampled") if r[kind]]
+    tokens = sum(len(answer) for kind in kinds for answer in kind["outputs"])
+    log("verify", f"{name}: {tokens:,} tokens in {sum(r['seconds'] for r in result['rounds']):.1f} s")
     return result
-
-
-def expand_batch_to_tokens(
-    x: torch.Tensor, cu_num_tokens: torch.Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
-) -> torch.Tensor:
-    """Each request's value, repeated for its drafted tokens: [batch_size] to [num_tokens].
-
-    Example: [a, b, c] with cu_num_tokens [2, 5, 6] gives [a, a, b, b, b, c].
-    Source: the function of this name in vLLM's `v1/sample/rejection_sampler.py`.
-    """
-    counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
-    return torch.where(x == replace_from, replace_to, x).repeat_interleave(counts, output_size=num_tokens)
-
-
-def mend_cpu_sampling() -> None:
-    """Let vLLM 0.32.0 on CPU check drafts at the temperature asked for.
-
-    There its own expansion writes values that are no int64 into a copy that is dropped
-    (`utils/cpu_triton_utils.py`, `_expand_kernel_impl`): temperatures are what happened to be in memory, and
-    next to no sampled draft is accepted.
-    """
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
-        from vllm.v1.sample import rejection_sampler
-
-        rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
 
 
 def _answer(job: dict[str, Any], connection: Connection) -> None:
@@ -120,15 +98,18 @@ def _answer(job: dict[str, Any], connection: Connection) -> None:
                 connection.send(("progress", n or 0))
             return None
 
-    mend_cpu_sampling()
     started = time.monotonic()
     llm = LLM(**job["engine"])
     prompts = [TokensPrompt(prompt_token_ids=ids) for ids in job["prompts"]]
 
-    def generate(temperature: float) -> tuple[dict[str, Any], list[Any]]:
+    temperatures = [0, job["temperature"]] if job["temperature"] else [0]
+
+    def round_of(drafts: int) -> tuple[dict[str, Any], list[Any]]:
+        """Answer all prompts, greedy and sampled at once."""
         sampling = [
             SamplingParams(
                 temperature=temperature,
+                top_p=job["top_p"] if temperature else 1,
                 # of its own, so that another run draws the same but for rounding
                 seed=number if temperature else None,
                 max_tokens=max_tokens,
@@ -136,46 +117,112 @@ def _answer(job: dict[str, Any], connection: Connection) -> None:
                 detokenize=False,
                 logprobs=KEPT_LOGITS if job["logits"] else None,
             )
+            for temperature in temperatures
             for number, max_tokens in enumerate(job["max_tokens"])
         ]
-        before, began = _counters(llm), time.monotonic()
-        answers = [output.outputs[0] for output in llm.generate(prompts, sampling, use_tqdm=Report)]
-        result: dict[str, Any] = {
-            "seconds": round(time.monotonic() - began, 2),
-            "outputs": [list(answer.token_ids) for answer in answers],
-        }
-        if after := _counters(llm):
-            drafts, *accepted = (b - a for a, b in zip(before, after, strict=True))
-            result |= {"num_drafts": drafts, "num_accepted_per_position": accepted}
-        return result, answers
+        began = time.monotonic()
+        with _drafts_of(llm, drafts, job["marked"]) as seen:
+            found = llm.generate(prompts * len(temperatures), sampling, use_tqdm=Report)
+        answers = [request.outputs[0] for request in found]
+        kinds = []
+        for first in range(0, len(answers), len(prompts)):
+            own = answers[first : first + len(prompts)]
+            kind: dict[str, Any] = {"outputs": [list(answer.token_ids) for answer in own]}
+            if drafts:
+                kind["accepted"] = [
+                    list(m.per_step_accepted) if (m := answer.spec_decode_metrics) else [] for answer in own
+                ]
+            kinds.append(kind)
+        kinds[0]["drafts"] = seen
+        result = {"num_steps": drafts, "seconds": round(time.monotonic() - began, 2), "greedy": kinds[0]}
+        return result | {"sampled": kinds[1] if len(kinds) > 1 else None}, answers
 
-    start_seconds = round(time.monotonic() - started, 2)
-    result, answers = generate(0)
-    result["start_seconds"] = start_seconds
+    result: dict[str, Any] = {"start_seconds": round(time.monotonic() - started, 2), "rounds": []}
     result["dtype"] = str(llm.llm_engine.model_config.dtype).removeprefix("torch.")
+    for drafts in job["rounds"]:
+        found, answers = round_of(drafts)
+        result["rounds"].append(found)
     if job["logits"]:
         written = [[_logits(step) for step in answer.logprobs or []] for answer in answers]
         save_logits(Path(job["logits"]), [step for steps in written for step in steps])
-        result["noise"] = _noise(llm, job["prompts"], result["outputs"], written)
-    if job["temperature"]:
-        result["sampled"] = generate(job["temperature"])[0]
+        result["noise"] = _noise(llm, job["prompts"], found["greedy"]["outputs"], written)
+    result["step_seconds"] = {str(d): _step_seconds(llm, job, d) for d in job["rounds"]}
     connection.send(("result", result))
     connection.close()
 
 
-def _counters(llm: Any) -> list[int]:
-    """Drafts so far and accepted tokens by position; empty without speculation."""
-    from vllm.v1.metrics.reader import Counter, Vector
+@contextlib.contextmanager
+def _drafts_of(llm: Any, drafts: int, marked: int) -> Iterator[list[list[list[int]]]]:
+    """Let the engine draft so many tokens a step, and keep those of the first requests that come.
 
-    drafts, accepted = 0, list[int]()
-    for metric in llm.get_metrics():
-        if metric.name == DRAFTS and isinstance(metric, Counter):
-            drafts += metric.value
-        if metric.name == ACCEPTED and isinstance(metric, Vector):
-            accepted = [
-                a + b for a, b in zip(accepted or [0] * len(metric.values), metric.values, strict=True)
-            ]
-    return [drafts, *accepted] if accepted else []
+    Yields:
+        Of each of these requests the draft tokens of each step; filled in while they run.
+    """
+    seen: list[list[list[int]]] = [[] for _ in range(marked)]
+    if not drafts:
+        yield seen
+        return
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    # vLLM asks this table, by the number of requests, how many tokens to draft
+    scheduler.dynamic_sd_lookup = [drafts] * len(scheduler.dynamic_sd_lookup)
+    update, places = scheduler.update_from_output, dict[str, int]()
+
+    def keep(scheduled: Any, output: Any) -> Any:
+        for request in scheduled.num_scheduled_tokens:
+            place = places.setdefault(request, len(places))
+            tokens = scheduled.scheduled_spec_decode_tokens.get(request)
+            if place < marked and tokens and output.sampled_token_ids[output.req_id_to_index[request]]:
+                seen[place].append(list(tokens))
+        return update(scheduled, output)
+
+    scheduler.update_from_output = keep
+    try:
+        yield seen
+    finally:
+        scheduler.update_from_output = update
+
+
+def _step_seconds(llm: Any, job: dict[str, Any], drafts: int) -> dict[str, float]:
+    """Median time of a step that only decodes, by the number of requests."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    engine = llm.llm_engine
+    most = engine.vllm_config.scheduler_config.max_num_seqs
+    step, times = engine.step, list[float]()
+    found: dict[str, float] = {}
+    for requests in (c for c in CONCURRENCY if c <= most):
+        chosen = [number % len(job["prompts"]) for number in range(requests)]
+        sampling = [
+            SamplingParams(
+                temperature=0,
+                max_tokens=min(TIMED_STEPS * (1 + drafts), job["max_tokens"][number]),
+                ignore_eos=True,
+                detokenize=False,
+            )
+            for number in chosen
+        ]
+        times.clear()
+
+        def timed(requests: int = requests) -> Any:
+            began = time.monotonic()
+            outputs = step()
+            # later steps have fewer requests
+            if engine.get_num_unfinished_requests() == requests:
+                times.append(time.monotonic() - began)
+            return outputs
+
+        engine.step = timed
+        try:
+            with _drafts_of(llm, drafts, 0):
+                texts = [TokensPrompt(prompt_token_ids=job["prompts"][number]) for number in chosen]
+                llm.generate(texts, sampling, use_tqdm=False)
+        finally:
+            engine.step = step
+        # the first steps read the prompts
+        if len(times) > 2:
+            found[str(requests)] = float(np.median(times[2:]))
+    return found
 
 
 def _logits(step: Any) -> dict[int, float]:

@@ -2,14 +2,14 @@
 
 One engine after the other (`pipeline.measure`): the target alone, which keeps its logits, then one for each
 draft, judged by these. What an engine measured is kept: another draft costs one engine. Acceptance comes from
-vLLM's own counters. Greedy outputs with and without draft must be equal but for ties; `pipeline.greedy` says
-how those are recognised.
+what vLLM counts for each request, at two numbers of draft tokens; `pipeline.replay` gives the others. Greedy
+outputs with and without draft must be equal but for ties; `pipeline.greedy` says how those are recognised.
 """
 
 import contextlib
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from configs import run_dir
+from configs.acceptance import tables
 from configs.contract import target_contract
 from configs.errors import InputError
 from configs.files import read_json, sha256_file, sha256_json, write_json
@@ -31,7 +32,8 @@ from pipeline.comparison import acceptance_rows, cost_rows, table
 from pipeline.conversations import input_exists
 from pipeline.greedy import compare
 from pipeline.measure import measure, read_logits
-from pipeline.prompts import load_prompts
+from pipeline.prompts import Document, load_prompts
+from pipeline.replay import recommend, served_counts, speedups
 from pipeline.speculation import (
     CPU_ENGINE,
     draft_directory,
@@ -43,9 +45,21 @@ from pipeline.speculation import (
 )
 from pipeline.view import make_view
 
-__all__ = ["answer_room", "held_out", "plan", "ready", "run", "verify"]
+__all__ = [
+    "answer_room",
+    "engine_arguments",
+    "held_out",
+    "job_of",
+    "plan",
+    "ready",
+    "run",
+    "speculating",
+    "verify",
+]
 
 PLAIN = "target alone"
+# answers shown token by token
+SAMPLES = 4
 
 
 def verify(
@@ -53,9 +67,13 @@ def verify(
     drafts: Mapping[str, Path | str | None],
     prompts: Sequence[Sequence[int]],
     *,
+    sources: Sequence[str] | None = None,
     num_speculative_tokens: int = 3,
+    num_steps_max: int = 1,
     max_tokens: int = 256,
     temperature: float = 0,
+    top_p: float = 1,
+    marked: int = 0,
     vllm: dict[str, Any] | None = None,
     tensor_parallel_size: int = 1,
     view: Literal["auto", "native", "v3"] = "auto",
@@ -67,9 +85,13 @@ def verify(
         target_dir: the target checkpoint.
         drafts: by name the directory of a draft; None is the released layer.
         prompts: token ids, generation prompt included.
-        num_speculative_tokens: draft tokens a step.
+        sources: of each prompt; all of one by default.
+        num_speculative_tokens: draft tokens a step, of all figures but the lists.
+        num_steps_max: number up to which the lists go, if it is more than that.
         max_tokens: most tokens of an answer; fewer where prompt and answer would exceed what can be served.
         temperature: where it is not 0, measure with it as well.
+        top_p: of the answers sampled then.
+        marked: greedy answers whose tokens are told apart.
         vllm: further arguments of vLLM's engine.
         tensor_parallel_size: GPUs of an engine.
         view: serve V3.2 natively or as V3 (`pipeline.view`); `auto` takes the view where there is no GPU.
@@ -77,10 +99,13 @@ def verify(
             by default.
 
     Returns:
-        `drafts`, by name: `acceptance_length` = 1 + accepted drafts a step, `acceptance_per_position`,
-        `num_drafts`, `num_accepted_per_position`, `num_output_tokens`, `seconds`, `greedy` (as
-        `greedy.compare`), and `sampled`: the same at `temperature`, or None; `kind`, `mtp` or `eagle3`, and
-        what it costs, as `export.cost.draft_cost`; `plain`: speed, and the target's own `noise`;
+        `drafts`, by name: at temperature 0 `acceptance_length` = 1 + accepted drafts a step with `low` and
+        `high`, `acceptance_per_position`, `num_drafts`, `num_accepted_per_position`, `num_output_tokens`,
+        `greedy` (as `greedy.compare`); `sampled`: the same at `temperature`, or None; the lists of
+        `configs.acceptance.tables`, `speedup` and `recommendation` (`pipeline.replay`); `marks`: of the first
+        answers (kind, token id) in their order, `accepted`, `rejected` (not part of it) or `own`;
+        `start_seconds`; `kind`, `mtp` or `eagle3`, and what it costs, as `export.cost.draft_cost`. `plain`:
+        `start_seconds`, `step_seconds` by the number of requests at a time, and the target's own `noise`.
         `num_prompts`, `view`, `versions`.
 
     Raises:
@@ -95,10 +120,11 @@ def verify(
     for directory in directories.values():
         require_draft(target, directory, view, tensor_parallel_size)
     asked = [list(map(int, ids)) for ids in prompts]
-    job = _job(asked, target.config, answer_room(asked, target.config, max_tokens, view))
-    engine = _engine(job, target.config, tensor_parallel_size, vllm or {})
+    job = job_of(asked, target.config, answer_room(asked, target.config, max_tokens, view))
+    job["top_p"] = top_p
+    engine = engine_arguments(job, target.config, tensor_parallel_size, vllm or {})
     identity = {
-        "format": 2,
+        "format": 3,
         "engine": engine,
         "job": job,
         "view": view,
@@ -115,41 +141,51 @@ def verify(
 
         base = {**engine, "model": str(served(target.directory, "target"))}
         plain, logits = _measure_plain(folder, identity, job, base)
+        kinds = np.array(sources or [""] * len(asked), dtype=object)
         figures = {}
+        rounds = sorted({num_speculative_tokens, max(num_speculative_tokens, num_steps_max)})
         for number, (name, directory) in enumerate(directories.items()):
             path = None if directory is None else served(directory, f"draft-{number}")
-            speculative = speculative_config(path, num_speculative_tokens)
+            mine: dict[str, Any] = {
+                "engine": {**base, **speculating(path, rounds[-1])},
+                "logits": None,
+                "rounds": rounds,
+                "temperature": temperature,
+                "marked": min(marked, len(asked)),
+            }
             made_from = {
                 **identity,
                 "draft": None if directory is None else _draft_identity(Checkpoint(directory)),
-                "drafts": num_speculative_tokens,
-                "temperature": temperature,
+                **{key: mine[key] for key in ("rounds", "temperature", "marked")},
             }
-            mine = {"engine": {**base, "speculative_config": speculative}, "logits": None}
             kept = folder / f"draft-{sha256_json(name)[:8]}.json"
-            measured = _measured(name, kept, made_from, {**job, **mine, "temperature": temperature})
+            measured = _measured(name, kept, made_from, {**job, **mine})
             figures[name] = {
-                "kind": speculative["method"],
+                "kind": mine["engine"]["speculative_config"]["method"],
                 **draft_cost(None if directory is None else Checkpoint(directory), target),
-                **_figures(plain, measured, logits, num_speculative_tokens, temperature),
+                **_figures(name, plain, measured, logits, asked, kinds, temperature),
             }
     return {
         "drafts": figures,
-        "plain": _speed(plain) | {"start_seconds": plain["start_seconds"], "noise": plain["noise"]},
+        "plain": {
+            "start_seconds": plain["start_seconds"],
+            "step_seconds": plain["step_seconds"]["0"],
+            "noise": plain["noise"],
+        },
         "num_prompts": len(asked),
         "view": view,
         "versions": _versions(),
     }
 
 
-def _job(asked: list[list[int]], config: dict[str, Any], room: list[int]) -> dict[str, Any]:
+def job_of(asked: list[list[int]], config: dict[str, Any], room: list[int]) -> dict[str, Any]:
     """What every engine has to answer."""
     eos = config.get("eos_token_id")
     stop = [eos] if isinstance(eos, int) else list(eos or [])
     return {"prompts": asked, "max_tokens": room, "stop_token_ids": stop}
 
 
-def _engine(
+def engine_arguments(
     job: dict[str, Any], config: dict[str, Any], tensor_parallel_size: int, vllm: dict[str, Any]
 ) -> dict[str, Any]:
     """Arguments of vLLM that all engines share, model and draft apart."""
@@ -159,8 +195,9 @@ def _engine(
     return {
         **({} if torch.cuda.is_available() else CPU_ENGINE),
         "max_model_len": min(longest, config.get("max_position_embeddings", longest)),
-        "disable_log_stats": False,
         "skip_tokenizer_init": True,
+        # the scheduler then sees each draft
+        "async_scheduling": False,
         **vllm,
         "tensor_parallel_size": tensor_parallel_size,
         "seed": 0,
@@ -178,34 +215,87 @@ def _measure_plain(
     """What the target alone says, and the file of its logits."""
     # of its own name: it is written before the measurement it belongs to, and kept with it
     logits = folder / f"plain.{sha256_json(identity)[:16]}.npz"
-    own = {"engine": {**base, "logprobs_mode": "raw_logits"}, "logits": str(logits)}
-    plain = _measured(PLAIN, folder / "plain.json", identity, {**job, **own, "temperature": 0})
+    own: dict[str, Any] = {"engine": {**base, "logprobs_mode": "raw_logits"}, "logits": str(logits)}
+    own |= {"rounds": [0], "temperature": 0, "marked": 0}
+    plain = _measured(PLAIN, folder / "plain.json", identity, {**job, **own})
     for older in set(folder.glob("plain.*.npz")) - {logits}:
         older.unlink()
     return plain, logits
 
 
+def speculating(draft: Path | None, num_steps_max: int) -> dict[str, Any]:
+    """Arguments of vLLM for an engine that drafts up to so many tokens and tells what each request took."""
+    speculative = speculative_config(draft, num_steps_max)
+    # a table by the number of requests, which each round fills in
+    speculative["num_speculative_tokens_per_batch_size"] = [[1, 1, num_steps_max]]
+    return {"speculative_config": speculative, "per_request_spec_decode_metrics": "detailed"}
+
+
 def _figures(
+    name: str,
     plain: dict[str, Any],
     measured: dict[str, Any],
     logits: Path,
-    num_speculative_tokens: int,
+    prompts: list[list[int]],
+    sources: np.ndarray,
     temperature: float,
 ) -> dict[str, Any]:
     """What one draft is worth, and whether its greedy output is the target's."""
-    sampled = measured.get("sampled")
+    first, last = measured["rounds"][0], measured["rounds"][-1]
+    K = first["num_steps"]
+    kinds = {0: "greedy"} | ({temperature: "sampled"} if first["sampled"] else {})
+    counts = [
+        served_counts({r["num_steps"]: r[kind]["accepted"] for r in (first, last)}, last["num_steps"])
+        for kind in kinds.values()
+    ]
+    plain_outputs, outputs = plain["rounds"][0]["greedy"]["outputs"], first["greedy"]["outputs"]
+    tokens = np.array([len(answer) for answer in outputs])
+    lengths = [len(ids) + len(answer) for ids, answer in zip(prompts, plain_outputs, strict=True)]
+    lists = tables(np.stack(counts, 1), list(kinds), tokens, sources, lengths)
+    bounds = {
+        row["temperature"]: {key: row[key] for key in ("low", "high")}
+        for row in lists["by_num_steps"]
+        if row["num_steps"] == K
+    }
+    sampled = first["sampled"]
+    served_at = temperature if sampled else 0
+    rows = [row for row in lists["by_num_steps"] if row["temperature"] == served_at]
+    speedup = speedups(rows, plain["step_seconds"]["0"], measured["step_seconds"])
     return {
-        **_acceptance(measured, num_speculative_tokens),
+        **_acceptance(first["greedy"], K),
+        **bounds[0],
         "start_seconds": measured["start_seconds"],
-        "sampled": sampled and {"temperature": temperature, **_acceptance(sampled, num_speculative_tokens)},
+        "sampled": sampled and {"temperature": temperature, **_acceptance(sampled, K), **bounds[temperature]},
         "greedy": compare(
-            plain["outputs"],
-            measured["outputs"],
-            read_logits(logits, plain["outputs"], measured["outputs"]),
+            plain_outputs,
+            outputs,
+            read_logits(logits, plain_outputs, outputs),
             eps=torch.finfo(getattr(torch, plain["dtype"])).eps,
             largest_noise=plain["noise"]["largest"],
         ),
+        **lists,
+        "speedup": speedup,
+        "recommendation": recommend(name, speedup, served_at),
+        "marks": [
+            _marks(*answer)
+            for answer in zip(outputs, first["greedy"]["accepted"], first["greedy"]["drafts"], strict=False)
+        ],
     }
+
+
+def _marks(output: list[int], accepted: list[int], drafts: list[list[int]]) -> list[tuple[str, int]]:
+    """The tokens of an answer: `accepted` drafts, the target's `own` and before it the `rejected` draft."""
+    found, at = [("own", token) for token in output[:1]], 1
+    for number, draft in zip(accepted, drafts, strict=True):
+        # what vLLM accepts behind the end of the answer is not in it
+        found += [("accepted", token) for token in output[at : at + number]]
+        at += number
+        if at < len(output):
+            # an engine that schedules ahead does not know its drafts: below 0
+            found += [("rejected", token) for token in draft[number : number + 1] if token >= 0]
+            found.append(("own", output[at]))
+            at += 1
+    return found
 
 
 def answer_room(prompts: list[list[int]], config: dict[str, Any], max_tokens: int, view: str) -> list[int]:
@@ -259,39 +349,40 @@ def _draft_identity(draft: Checkpoint) -> Any:
 
 
 def _acceptance(result: dict[str, Any], num_speculative_tokens: int) -> dict[str, Any]:
-    """Figures of one speculative run from the engine's counters."""
-    drafts = result["num_drafts"]
-    accepted = result["num_accepted_per_position"]
+    """Figures of one speculative run from the engine's counts."""
+    accepted = np.array([n for answer in result["accepted"] for n in answer], np.int64)
+    drafts = len(accepted)
     if not drafts:
         raise InputError(
             "vLLM drafted nothing: every answer ended within one token",
             "raise verify.max_tokens or use other conversations",
         )
+    per_position = [int((accepted > step).sum()) for step in range(num_speculative_tokens)]
     return {
-        "acceptance_length": 1 + sum(accepted) / drafts,
-        "acceptance_per_position": [a / drafts for a in accepted],
+        "acceptance_length": 1 + sum(per_position) / drafts,
+        "acceptance_per_position": [a / drafts for a in per_position],
         "num_drafts": drafts,
-        "num_accepted_per_position": accepted,
+        "num_accepted_per_position": per_position,
         "num_speculative_tokens": num_speculative_tokens,
-    } | _speed(result)
-
-
-def _speed(result: dict[str, Any]) -> dict[str, Any]:
-    tokens = sum(map(len, result["outputs"]))
-    return {
-        "num_output_tokens": tokens,
-        "seconds": result["seconds"],
+        "num_output_tokens": sum(map(len, result["outputs"])),
     }
 
 
 def held_out(config: RunConfig, most: int | None) -> list[list[int]]:
     """Prompts of the first `most` held-out conversations, up to where the last answer begins."""
+    return [_prompt(document) for document in _held_out(config, most)]
+
+
+def _held_out(config: RunConfig, most: int | None) -> list[Document]:
     documents = load_prompts(config.prompts, config.require_target()).documents
     share, seed = config.prompts.held_out, config.run.seed
     require_recorded(config.run.dir, documents.uids, share, seed)
     chosen = is_held_out(uid_group(documents.uids), share, seed)
-    found = (documents[int(i)] for i in np.flatnonzero(chosen)[:most])
-    return [d.input_ids[: d.spans[-1][0]].tolist() for d in found]
+    return [documents[int(i)] for i in np.flatnonzero(chosen)[:most]]
+
+
+def _prompt(document: Document) -> list[int]:
+    return document.input_ids[: document.spans[-1][0]].tolist()
 
 
 def plan(config: RunConfig) -> str:
@@ -307,14 +398,16 @@ def plan(config: RunConfig) -> str:
         refuse_draft_name(config, config.export_dir)
     waiting: list[Any] = [p for p in (target, *named) if p and not p.exists()]
     there = config.prompts.path is None or input_exists(config.prompts.path)
-    number = "the"
+    number, more = "the", ""
+    if settings.num_steps_max > settings.num_speculative_tokens:
+        more = f" and {settings.num_steps_max}"
     if target.exists() and there:
         prompts = held_out(config, settings.max_conversations)
         number = f"{len(prompts):,} ({sum(map(len, prompts)):,} prompt tokens)"
     return (
         f"serve {number} held-out conversations, at most {settings.max_tokens:,} tokens each, with"
-        f" {settings.num_speculative_tokens} draft tokens a step: one vLLM engine for the target alone, one"
-        f" for each draft ({', '.join(settings.drafts)})"
+        f" {settings.num_speculative_tokens}{more} draft tokens a step: one vLLM engine for the target alone,"
+        f" one for each draft ({', '.join(settings.drafts)})"
         + "".join(f"; not yet: there is no {path}" for path in waiting + [config.prompts.path] * (not there))
     )
 
@@ -354,28 +447,36 @@ def run(config: RunConfig) -> dict[str, Any]:
 
     Returns:
         As `verify`; `before` and `after` are the released layer and the trained draft, None where they were
-        not asked for, `greedy` is the trained draft's.
+        not asked for, `greedy` is the trained draft's, `recommendation` too, or the first draft's; `samples`:
+        a few answers as text in place of `marks` (docs/run-directory.md).
 
     Raises:
         InputError: there is no export yet, or as `verify`.
     """
     ready(config)
     settings = config.verify
+    documents = _held_out(config, settings.max_conversations)
     result = verify(
         config.require_target(),
         {draft: draft_directory(config, draft) for draft in settings.drafts},
-        held_out(config, settings.max_conversations),
+        [_prompt(document) for document in documents],
+        sources=[document.source for document in documents],
         num_speculative_tokens=settings.num_speculative_tokens,
+        num_steps_max=settings.num_steps_max,
         max_tokens=settings.max_tokens,
         temperature=settings.temperature,
+        top_p=config.prompts.top_p,
+        marked=SAMPLES,
         vllm=settings.vllm,
         tensor_parallel_size=config.dump.tensor_parallel_size,
         view=config.dump.view,
         work_dir=config.run.dir / run_dir.VERIFY_WORK,
     )
     drafts = result["drafts"]
+    result = {"format": 2, **result, "samples": _samples(config.require_target(), documents, drafts)}
     result |= {"before": drafts.get("released"), "after": drafts.get("trained")}
     result["greedy"] = result["after"] and result["after"]["greedy"]
+    result["recommendation"] = (result["after"] or next(iter(drafts.values())))["recommendation"]
     write_json(config.run.dir / run_dir.VERIFICATION, result)
     console.print(table("Drafts beside one another", drafts, [acceptance_rows(drafts), cost_rows(drafts)]))
     own = result["plain"]["noise"]
@@ -390,9 +491,44 @@ def run(config: RunConfig) -> dict[str, Any]:
             f" diverge at a tie, {greedy['different']} differ; rereading its own text, the target alone picks"
             f" another token at {own['flipped']:,} of {own['tokens']:,}",
         )
+        log("verify", figures["recommendation"])
     return result
+
+
+def _samples(
+    target: Path, documents: list[Document], drafts: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The first answers as text, token by token; takes `marks` out of the drafts."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(target))
+
+    def text(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def pieces(marks: list[tuple[str, int]]) -> Iterator[dict[str, str]]:
+        taken, shown = list[int](), ""
+        for kind, token in marks:
+            whole = text([*taken, token])
+            # a letter that only the next token completes is shown with that
+            piece = "" if whole.endswith("\ufffd") else whole[len(shown) :]
+            yield {"text": piece, "kind": kind}
+            if kind != "rejected":
+                taken, shown = [*taken, token], shown + piece
+
+    marks = {name: figures.pop("marks") for name, figures in drafts.items()}
+    return [
+        {
+            "uid": str(document.uid),
+            "source": document.source,
+            "prompt": text(_prompt(document)),
+            "drafts": {name: list(pieces(answers[number])) for name, answers in marks.items()},
+        }
+        for number, document in enumerate(documents[:SAMPLES])
+    ]
 
 
 def _said(figures: dict[str, Any]) -> str:
     positions = ", ".join(f"{x:.1%}" for x in figures["acceptance_per_position"])
-    return f"{figures['acceptance_length']:.3f} tokens a step, positions {positions}"
+    bounds = "" if figures["low"] is None else f" ({figures['low']:.3f} to {figures['high']:.3f})"
+    return f"{figures['acceptance_length']:.3f}{bounds} tokens a step, positions {positions}"

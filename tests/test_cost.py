@@ -83,16 +83,35 @@ def test_the_released_layer_is_counted_in_the_target(target):
     assert found["parameters_read"] == everything - idle + found["head_parameters_read"]
 
 
+def lengths(one, two):
+    first = {"num_steps": 1, "temperature": 0, "acceptance_length": one, "low": None, "high": None}
+    second = {"num_steps": 2, "temperature": 0, "acceptance_length": two, "low": two - 0.1, "high": two + 0.1}
+    sources = [second | {"source": "docs", "documents": 1}, second | {"source": "web", "documents": 3}]
+    return {
+        "num_speculative_tokens": 2,
+        "by_num_steps": [first, second],
+        "by_source": sources,
+        "by_length": [second | {"length": "1-128", "documents": 4}],
+    }
+
+
 def test_the_table_shows_a_column_for_each_draft():
     cost = {"parameters_read": 1_679_500_000, "head_parameters_read": 926_700_000, "bytes": 1_505_600_000}
     drafts = {
-        "released": {"kind": "mtp", "acceptance_per_position": [0.8, 0.5], **cost},
-        "runs/a/eagle3-1024": {"kind": "eagle3", "acceptance_per_position": [0.6, 0.25], **cost},
+        "released": {"kind": "mtp", "acceptance_per_position": [0.8, 0.5], **lengths(1.8, 2.3), **cost},
+        "runs/a/eagle3-1024": {
+            "kind": "eagle3",
+            "acceptance_per_position": [0.6, 0.25],
+            **lengths(1.6, 1.85),
+            **cost,
+        },
     }
     assert columns(drafts) == ["released\nMTP", "eagle3-1024\nEAGLE-3"]
     assert acceptance_rows(drafts) == [
         ["length, vLLM, 1 draft token", "1.800", "1.600"],
-        ["length, vLLM, 2 draft tokens", "2.300", "1.850"],
+        ["length, vLLM, 2 draft tokens", "2.300 (2.20-2.40)", "1.850 (1.75-1.95)"],
+        ["docs, 2 draft tokens", "2.300 (2.20-2.40)", "1.850 (1.75-1.95)"],
+        ["web, 2 draft tokens", "2.300 (2.20-2.40)", "1.850 (1.75-1.95)"],
         ["accepted at position 1", "80.0%", "60.0%"],
         ["accepted at position 2", "50.0%", "25.0%"],
     ]

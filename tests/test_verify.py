@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from configs.errors import ConfigError, ContractError, InputError, Layer61Error
 from configs.run_dir import META
@@ -17,8 +18,9 @@ from configs.schema import RunConfig
 from export import nextn
 from export.checkpoint import Checkpoint
 from export.keymap import DROPPED
+from pipeline.cpu_sampling import expand_batch_to_tokens
 from pipeline.greedy import compare, noise
-from pipeline.measure import expand_batch_to_tokens, read_logits, save_logits
+from pipeline.measure import read_logits, save_logits
 from pipeline.verify import plan, run, verify
 from pipeline.view import make_view
 
@@ -62,6 +64,26 @@ def layer_of(source: Path, out: Path) -> Path:
     tensors = {n: checkpoint.get(n) for n in checkpoint.mtp_names() if not n.endswith(DROPPED)}
     save_file(tensors, out / "model.safetensors")
     return out
+
+
+def with_working_experts(weights: Path, scaling: float) -> Path:
+    """Let the experts of a layer add much that cancels: routed ones take back what the shared one adds."""
+    file = weights / "model.safetensors"
+    tensors = load_file(file)
+    generator = torch.Generator().manual_seed(7)
+    # [out, in] matrices whose results are about as large as what they read
+    shared = {
+        part: torch.randn(shape, generator=generator) * (2 / shape[1]) ** 0.5
+        for name, w in tensors.items()
+        if ".shared_experts." in name
+        for part, shape in ((name.split(".")[-2], w.shape),)
+    }
+    for name, w in tensors.items():
+        if (part := name.split(".")[-2]) in shared:
+            routed = ".experts." in name and part == "down_proj"
+            tensors[name] = (shared[part] * (-1 / scaling if routed else 1)).to(w.dtype)
+    save_file(tensors, file)
+    return weights
 
 
 def random_prompts(number: int, seed: int) -> list[list[int]]:
@@ -183,14 +205,21 @@ def verified(
     folder = tmp_path_factory.mktemp("verified")
     target = simple_target(tiny_checkpoint, folder / "target", rest=0, noise=0.5)
     perfect = simple_target(tiny_checkpoint, folder / "perfect", rest=0, noise=0)
-    nextn.export(layer_of(perfect, folder / "weights"), target, folder / "nextn")
+    weights = layer_of(perfect, folder / "weights")
+    with_working_experts(weights, Checkpoint(target).config["routed_scaling_factor"])
+    nextn.export(weights, target, folder / "nextn")
     config = RunConfig.model_validate(
         {
             "run": {"dir": folder / "run"},
             "target": {"path": target},
             "prompts": {"path": conversations_file, "held_out": 0.99},
             "export": {"dir": folder / "nextn"},
-            "verify": {"max_tokens": 40, "temperature": 0.7, "vllm": {"max_num_seqs": 4}},
+            "verify": {
+                "max_tokens": 40,
+                "temperature": 0.7,
+                "num_steps_max": 4,
+                "vllm": {"max_num_seqs": 4},
+            },
         }
     )
     return run(config), config
@@ -212,9 +241,40 @@ def test_verify_measures_acceptance_of_the_released_layer_and_the_trained_draft(
         # what is sampled is not what is most likely: the same draft is right less often
         assert figures["sampled"]["temperature"] == 0.7
         assert 1 <= figures["sampled"]["acceptance_length"] < figures["acceptance_length"]
+        # three draft tokens were counted and so were four; one and two are estimated from the three
+        rows = {(row["num_steps"], row["temperature"]): row for row in figures["by_num_steps"]}
+        assert list(rows) == [(k, t) for t in (0, 0.7) for k in (1, 2, 3, 4)]
+        assert rows[3, 0]["acceptance_length"] == pytest.approx(figures["acceptance_length"])
+        assert rows[3, 0.7]["acceptance_length"] == pytest.approx(figures["sampled"]["acceptance_length"])
+        assert all(row["documents"] == 6 and row["low"] <= row["high"] for row in rows.values())
+        assert {row["source"] for row in figures["by_source"]} == {config.prompts.path.name}
+        timed = {(row["num_steps"], row["concurrency"]) for row in figures["speedup"]}
+        assert timed == {(k, c) for k in (1, 2, 3, 4) for c in (1, 4)}
+    assert [row["acceptance_length"] for row in after["by_num_steps"][2:4]] == [4, 5]
+    estimated = [row["acceptance_length"] for row in after["by_num_steps"][:2]]
+    assert estimated == pytest.approx([2, 3], abs=0.2)
+    assert result["recommendation"] == after["recommendation"]
+    assert "trained" in result["recommendation"]
     assert result["plain"]["noise"]["tokens"] > 50
     assert json.loads((config.run.dir / "verify.json").read_text()) == result
     assert "serve 6 (" in plan(config)
+
+
+@pytest.mark.engine
+def test_answers_are_shown_with_what_was_drafted_and_taken(verified):
+    result, config = verified
+    assert len(result["samples"]) == 4
+    outputs = json.loads((config.run.dir / "verify/plain.json").read_text())["result"]["rounds"][0]["greedy"]
+    tokenizer = AutoTokenizer.from_pretrained(config.target.path)
+    for sample, tokens in zip(result["samples"], outputs["outputs"], strict=False):
+        for name, pieces in sample["drafts"].items():
+            # without the refused drafts it is the answer, whoever drafted
+            taken = "".join(piece["text"] for piece in pieces if piece["kind"] != "rejected")
+            # half a letter at its end is left out
+            assert taken == tokenizer.decode(tokens).rstrip("\ufffd")
+            assert ("rejected" in {piece["kind"] for piece in pieces}) == (name == "released")
+        assert sample["prompt"]
+        assert sample["uid"].isdigit()
 
 
 @pytest.mark.engine
@@ -228,7 +288,7 @@ def test_verify_resumes_from_finished_measurements(verified):
     settings = config.verify.model_copy(update={"vllm": {"no_such_argument": 1}})
     with pytest.raises(Layer61Error, match="no_such_argument"):
         run(config.model_copy(update={"verify": settings}))
-    assert json.loads((folder / "plain.json").read_text())["result"]["outputs"]
+    assert json.loads((folder / "plain.json").read_text())["result"]["rounds"]
 
 
 def test_values_of_requests_are_repeated_for_their_drafted_tokens():
@@ -238,23 +298,23 @@ def test_values_of_requests_are_repeated_for_their_drafted_tokens():
     assert expand_batch_to_tokens(torch.tensor([5, 50, 500]), ends, 6).tolist() == [5, 5, 50, 50, 50, 500]
 
 
-def damaged_draft(draft: Path, target: Path, folder: Path) -> Path:
-    """The export of a layer with two experts exchanged and half of the last norm scaled."""
-    out = folder / "weights"
+def damaged_draft(draft: Path, target: Path, folder: Path, damage: str) -> Path:
+    """The export of a layer with one expert exchanged (`expert`) or half of the last norm scaled (`norm`)."""
+    out = folder / f"weights-{damage}"
     shutil.copytree(draft, out, ignore=shutil.ignore_patterns(META))
     checkpoint = Checkpoint(out)
     for file in sorted({checkpoint.file(name) for name in checkpoint.names}):
         names = [name for name in checkpoint.names if checkpoint.file(name) == file]
         tensors = {name: checkpoint.get(name, raw=True).clone() for name in names}
         for name in names:
-            if name.endswith("shared_head.norm.weight"):
+            if damage == "norm" and name.endswith("shared_head.norm.weight"):
                 tensors[name][: len(tensors[name]) // 2] *= 8
-            if ".experts.0." in name:
-                other = name.replace(".experts.0.", ".experts.1.")
+            if damage == "expert" and ".experts.0." in name:
+                other = name.replace(".experts.0.", ".shared_experts.")
                 tensors[name], tensors[other] = tensors[other], tensors[name]
         save_file(tensors, out / file, metadata={"format": "pt"})
-    nextn.export(out, target, folder / "nextn")
-    return folder / "nextn"
+    nextn.export(out, target, folder / f"nextn-{damage}")
+    return folder / f"nextn-{damage}"
 
 
 @pytest.mark.engine
@@ -262,20 +322,22 @@ def test_a_damaged_draft_is_seen_and_costs_one_engine(verified, tmp_path):
     result, config = verified
     folder = config.run.dir / "verify"
     before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
-    damaged = damaged_draft(config.export_dir, config.target.path, tmp_path)
-    drafts = {"drafts": ("trained", str(damaged), "released"), "temperature": 0.7}
+    damaged = [
+        str(damaged_draft(config.export_dir, config.target.path, tmp_path, kind))
+        for kind in ("expert", "norm")
+    ]
+    drafts = {"drafts": ("trained", *damaged, "released")}
     again = run(config.model_copy(update={"verify": config.verify.model_copy(update=drafts)}))
     assert {name: again["drafts"][name] for name in result["drafts"]} == result["drafts"]
-    # one more log and one more measurement, all others as they were
+    # one more log and one more measurement each, all others as they were
     after = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
     assert {p: after[p] for p in before} == before
-    assert len(after) == len(before) + 2
-    figures = again["drafts"][str(damaged)]
-    print(
-        "SAMPLED", {n: d["sampled"]["acceptance_length"] for n, d in again["drafts"].items() if d["sampled"]}
-    )
-    assert figures["acceptance_length"] < 0.8 * result["after"]["acceptance_length"]
-    assert (figures["greedy"]["equal"], figures["greedy"]["different"]) == (6, 0)
+    assert len(after) == len(before) + 4
+    for name in damaged:
+        figures = again["drafts"][name]
+        assert figures["acceptance_length"] < 0.8 * result["after"]["acceptance_length"]
+        assert figures["high"] < result["after"]["low"]
+        assert (figures["greedy"]["equal"], figures["greedy"]["different"]) == (6, 0)
 
 
 @pytest.mark.engine

@@ -1,9 +1,11 @@
 """The entry point vLLM calls in every process it starts (`vllm.general_plugins` in pyproject.toml).
 
-Does nothing unless this program asked for a capture: any other engine is vLLM's own.
+Any engine but one of a capture is vLLM's own, with one fault mended where it runs on CPU.
 """
 
 import os
+
+from pipeline import cpu_sampling
 
 __all__ = ["CAPTURE_VARIABLE", "register"]
 
@@ -12,7 +14,8 @@ CAPTURE_VARIABLE = "LAYER61_CAPTURE"
 
 
 def register() -> None:
-    """Register the capturing DeepSeek classes, once, where the environment asks for them."""
+    """Mend sampling on CPU; register the capturing DeepSeek classes where the environment asks for them."""
+    cpu_sampling.mend()
     if os.environ.get(CAPTURE_VARIABLE) != "1":
         return
     from vllm import ModelRegistry

@@ -1,0 +1,128 @@
+"""What served answers say of other numbers of draft tokens, and of the speed to expect.
+
+A server that drafts K tokens a step accepts a of them and goes on behind the next token, so where it drafts
+depends on K: the first K' < K positions of its drafts are *not* what a server with K' would show. In an easy
+stretch it drafts every K + 1 tokens, in a hard one at every token, so cutting its drafts counts easy places
+too rarely (acceptance length 1.55 instead of 1.61 at one token from six, with the demo's released layer).
+
+`served_counts` walks over the answer with K' instead. Each of its tokens was an accepted draft or the
+target's own; the walk accepts up to K' drafts that were accepted, and takes a token behind a wholly accepted
+draft, which nobody drafted, for accepted where the next draft began well. What it assumes, and cannot know: a
+token is accepted as well from a nearer state, and no less often refused. So figures at a number of tokens
+that was served are counted, the others estimated: with the demo's layers within 0.03 of the count. The
+offline evaluator (`train/evaluate.py`) has every state and estimates none.
+
+Legend: N documents, T temperatures, K numbers of draft tokens, S draft steps.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from configs.acceptance import ACCEPTED, TRIED
+
+__all__ = ["recommend", "served_counts", "speedups"]
+
+OWN, DRAFTED, BONUS = range(3)
+
+
+def served_counts(rounds: Mapping[int, Sequence[Sequence[int]]], num_steps_max: int) -> np.ndarray:
+    """Counts of each answer at every number of draft tokens, for `configs.acceptance.tables`.
+
+    Args:
+        rounds: by the number of draft tokens, of each answer the draft tokens accepted in each step; the
+            greatest is at least `num_steps_max`.
+        num_steps_max: K.
+
+    Returns:
+        float64 [N, K, 2, S]: counted where that number was served, else from the next greater one.
+    """
+    documents = len(next(iter(rounds.values())))
+    counts = np.zeros((documents, num_steps_max, 2, num_steps_max))
+    for drafts in range(1, num_steps_max + 1):
+        served = min(k for k in rounds if k >= drafts)
+        for document, accepted in enumerate(rounds[served]):
+            found = np.array(accepted if served == drafts else _walk(accepted, served, drafts), np.int64)
+            # step s is tried where all before it were accepted
+            reached = (found[:, None] >= np.arange(drafts + 1)).sum(0)
+            counts[document, drafts - 1, TRIED, :drafts] = reached[:-1]
+            counts[document, drafts - 1, ACCEPTED, :drafts] = reached[1:]
+    return counts
+
+
+def _walk(accepted: Sequence[int], served: int, drafts: int) -> list[int]:
+    """Draft tokens accepted in each step with fewer of them than were served."""
+    kinds = []
+    for n in accepted:
+        kinds += [DRAFTED] * n + [BONUS if n == served else OWN]
+    taken = [
+        kind == DRAFTED or (kind == BONUS and i + 1 < len(kinds) and kinds[i + 1] == DRAFTED)
+        for i, kind in enumerate(kinds)
+    ]
+    found, at = [], 0
+    while at < len(taken):
+        n = 0
+        while n < drafts and at + n < len(taken) and taken[at + n]:
+            n += 1
+        found.append(n)
+        at += n + 1
+    return found
+
+
+def speedups(
+    rows: Sequence[Mapping[str, Any]],
+    plain: Mapping[str, float],
+    drafted: Mapping[str, Mapping[str, float]],
+) -> list[dict[str, Any]]:
+    """Tokens a second over those of the target alone, expected at each number of draft tokens.
+
+    A step with K draft tokens takes as long as measured; between the numbers measured, none included, its
+    time goes by a straight line.
+
+    Args:
+        rows: of `by_num_steps` in `configs.acceptance.tables`, at one temperature.
+        plain: seconds of a step of the target alone, by the number of requests at a time.
+        drafted: the same by the number of draft tokens.
+
+    Returns:
+        `num_steps`, `temperature`, `concurrency`, `speedup` for every concurrency timed both ways.
+    """
+    found = []
+    for concurrency in sorted(set(plain).intersection(*drafted.values()), key=int):
+        steps = [0, *sorted(map(int, drafted))]
+        seconds = [plain[concurrency], *(drafted[str(k)][concurrency] for k in steps[1:])]
+        for row in rows:
+            cost = float(np.interp(row["num_steps"], steps, seconds))
+            found.append(
+                {key: row[key] for key in ("num_steps", "temperature")}
+                | {"concurrency": int(concurrency), "speedup": row["acceptance_length"] * seconds[0] / cost}
+            )
+    return found
+
+
+def recommend(name: str, rows: Sequence[Mapping[str, Any]], temperature: float) -> str:
+    """The number of draft tokens to serve with, in one sentence.
+
+    Args:
+        name: of the draft.
+        rows: from `speedups`.
+        temperature: theirs.
+    """
+    if not rows:
+        return (
+            f"No step of {name} was timed: take the number of draft tokens that `bench-serve` finds fastest."
+        )
+    by_number: dict[int, dict[int, float]] = {}
+    for row in rows:
+        by_number.setdefault(row["num_steps"], {})[row["concurrency"]] = row["speedup"]
+    # of the speed-ups at all concurrencies the geometric mean
+    best = max(by_number, key=lambda k: float(np.mean(np.log(list(by_number[k].values())))))
+    at = " and ".join(f"{speedup:.2f} x at {c}" for c, speedup in by_number[best].items())
+    said = f"the tokens a second of the target alone, {at} requests at a time, at temperature {temperature:g}"
+    tokens = f"{best} draft token{'s' if best > 1 else ''}"
+    if max(by_number[best].values()) <= 1:
+        return (
+            f"Serve without {name} on this machine: its best, {tokens} a step, is expected to reach {said}."
+        )
+    return f"Serve {name} with {tokens} a step: expected {said}."

@@ -1,0 +1,46 @@
+"""What served answers say of other numbers of draft tokens, and which number is recommended."""
+
+import numpy as np
+import pytest
+
+from configs.acceptance import acceptance_length
+from pipeline.replay import recommend, served_counts, speedups
+
+
+def test_a_number_that_was_served_is_counted_and_a_smaller_one_walked():
+    # six tokens drafted a step: all taken twice, then one, then none
+    counts = served_counts({6: [[6, 6, 1, 0]], 2: [[2, 0]]}, 6)[0]
+    assert counts[5].tolist() == [[4, 3, 2, 2, 2, 2], [3, 2, 2, 2, 2, 2]]
+    assert counts[1].tolist() == [[2, 1, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]]
+    # AAAAAA AAAAAA A. . with three a step: the tokens between whole drafts are taken too
+    assert counts[2].tolist() == [[5, 4, 4, 0, 0, 0], [4, 4, 4, 0, 0, 0]]
+
+
+def test_smaller_numbers_do_not_count_hard_places_too_often():
+    # half of a text is easy, half hard: served with one token a step it takes 1/2 + 1 steps for 2 tokens
+    easy_and_hard = [[6] * 100 + [0] * 700]
+    found = acceptance_length(served_counts({6: easy_and_hard}, 6)[0])
+    assert found[0] == pytest.approx(1400 / (350 + 700), rel=0.01)
+    cut = np.minimum(easy_and_hard[0], 1)
+    assert 1 + cut.mean() == pytest.approx(1.125)
+
+
+def rows(*lengths):
+    return [{"num_steps": k, "temperature": 0, "acceptance_length": a} for k, a in enumerate(lengths, 1)]
+
+
+def test_speed_follows_from_acceptance_and_the_measured_steps():
+    measured = {"2": {"1": 1.5, "4": 3.0}, "4": {"1": 2.0, "4": 5.0}}
+    found = speedups(rows(1.5, 2.0, 2.4, 2.6), {"1": 1.0, "4": 2.0, "16": 9.0}, measured)
+    of = {(row["num_steps"], row["concurrency"]): row["speedup"] for row in found}
+    assert of[2, 1] == pytest.approx(2.0 / 1.5)
+    assert of[1, 1] == pytest.approx(1.5 / 1.25)
+    assert of[3, 4] == pytest.approx(2.4 * 2 / 4)
+    # 16 at a time were not timed with drafts
+    assert {c for _, c in of} == {1, 4}
+    said = recommend("trained", found, 0)
+    assert said.startswith("Serve trained with 2 draft tokens a step: expected")
+    assert "1.33 x at 1 and 1.33 x at 4" in said
+    slow = speedups(rows(1.5, 2.0), {"1": 1.0}, {"2": {"1": 4.0}})
+    assert "Serve without trained" in recommend("trained", slow, 0)
+    assert "bench-serve" in recommend("trained", [], 0)
