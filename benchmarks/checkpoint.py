@@ -3,7 +3,8 @@
 A layer of 300 million parameters (64 experts, made-up values) is saved by two ranks and loaded by three. In
 the same round as many processes write the same number of bytes in one file each, with fsync, and read the
 checkpoint's files with nothing done to them. Reading is cold: the page cache is told to forget the files
-first. Ratios are medians over rounds.
+first. What the ranks send each other once the bytes are there, as after every step, is timed apart. Ratios
+are medians over rounds.
 
 Prints a table and, as its last line, one JSON object.
 """
@@ -27,7 +28,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from benchmarks.train import CONFIG
-from configs.files import BLOCK
+from configs.files import BLOCK, block_buffer
 from configs.provenance import versions
 from configs.schema import TrainConfig
 from export.keymap import keymap
@@ -131,7 +132,7 @@ def read(rank: int, world: int, port: int, folder: Path, config: dict[str, Any],
         dist.barrier()
 
     def plain() -> None:
-        buffer = memoryview(bytearray(BLOCK))
+        buffer = block_buffer()
         for path in dict.fromkeys(p for p, _ in mine):
             with open(path, "rb", buffering=0) as f:
                 for at in (at for p, at in mine if p == path):
@@ -142,9 +143,12 @@ def read(rank: int, world: int, port: int, folder: Path, config: dict[str, Any],
     before = peak()
     for _ in range(rounds):
         forget()
-        ours = timed(lambda: checkpoint.load(engine, saved))
+        loaded = timed(lambda: checkpoint.load(engine, saved))
+        # at its end the ranks exchange the parameters, as after every step; nothing of that is reading
+        exchange = timed(lambda: zero.take_over(engine, 100))
         forget()
-        found.append({"ours": ours, "raw": timed(plain), "bytes": sum(p.stat().st_size for p in files)})
+        size = sum(p.stat().st_size for p in files)
+        found.append({"ours": loaded - exchange, "raw": timed(plain), "exchange": exchange, "bytes": size})
     report(folder / "read.json", found, peak() - before)
 
 
@@ -192,6 +196,8 @@ def main() -> None:
         for who in ("ours", "raw"):
             rates = [r["bytes"] / r[who] / 1e9 for r in rounds]
             result[f"{name}_{who}_gb_s"] = round(statistics.median(rates), 2)
+        if "exchange" in rounds[0]:
+            result["exchange_s"] = round(statistics.median(r["exchange"] for r in rounds), 2)
         # a parameter's float32 master is the largest thing a rank could hold beside its own state
         result[f"{name}_extra_parameters"] = round(phase["grown"] / (4 * max(numels)), 2)
     result["bytes"] = found["write"]["rounds"][0]["bytes"]

@@ -24,6 +24,7 @@ from configs.errors import ConfigError, InputError, Layer61Error, describe, revi
 from configs.files import (
     BLOCK,
     atomic_write,
+    block_buffer,
     check_block,
     checksum,
     fsync_directory,
@@ -391,7 +392,7 @@ def _read_slices(path: Path, entry: dict[str, Any], wanted: dict[str, tuple[int,
     Raises:
         InputError: a block fails its checksum, or a tensor is not there.
     """
-    buffer = memoryview(bytearray(BLOCK))
+    buffer = block_buffer()
     with open(path, "rb", buffering=0) as f:
 
         def block(index: int) -> memoryview:

@@ -147,16 +147,23 @@ def loss_rows(
     if temperature != 1:
         s, s_max_C = s / temperature, s_max_C.to(wide) / temperature
     q = s.softmax(-1)
-    torch.sum(torch.minimum(p, q), -1, out=overlap_C)
     s_lse_C = s_max_C.to(wide) - q.gather(1, s_at_C[:, None])[:, 0].log_()
     if loss == "ce":
         assert target_C is not None
         token_C1 = target_C.clamp(0, s.shape[1] - 1)[:, None]
         torch.sub(s_lse_C, s.gather(1, token_C1)[:, 0], out=per_token_C)
     if loss in ("kl", "lk_lambda"):
-        torch.linalg.vecdot(p, t - s, out=per_token_C)
+        torch.linalg.vecdot(p, torch.sub(t, s, out=s), out=per_token_C)
         apart_C = s_lse_C - t_lse_C
         per_token_C.add_(apart_C if share_C is None else apart_C * share_C)
+    difference = torch.sub(q, p, out=s)
+    if loss == "lk_alpha":
+        # its gradient divides by the overlap, however small
+        torch.sum(torch.minimum(p, q), -1, out=overlap_C)
+    else:
+        # min(p, q) = (p + q - |q - p|) / 2: one pass less
+        torch.linalg.vector_norm(difference, 1, -1, out=overlap_C)
+        overlap_C.sub_(1 if share_C is None else share_C).sub_(1).mul_(-0.5).clamp_min_(0)
     if loss == "lk_lambda":
         mix_C = overlap_C.mul(-ETA).exp_()
         per_token_C.mul_(mix_C).add_((1 - mix_C) * (1 - overlap_C))
@@ -173,9 +180,9 @@ def loss_rows(
     if loss == "ce":
         q.scatter_add_(1, token_C1, q.new_full(token_C1.shape, -1.0))
     elif loss == "kl":
-        q = _scaled(q, share_C).sub_(p)
+        q = difference if share_C is None else _scaled(q, share_C).sub_(p)
     else:
-        m = (torch.sign(p - q) + 1).mul_(0.5)
+        m = difference.sign_().sub_(1).mul_(-0.5)
         toward = m.sub_(torch.linalg.vecdot(q, m)[:, None]).mul_(q)
         if loss == "tv":
             q = toward.neg_()
@@ -187,4 +194,4 @@ def loss_rows(
     torch.mul(q, weight_C1, out=s_CV if s_CV.dtype == q.dtype else q)
     if s_CV.dtype != q.dtype:
         s_CV.copy_(q)
-    s_CV.masked_fill_(weight_C1 == 0, 0)
+    s_CV.index_fill_(0, (weight_C == 0).nonzero()[:, 0], 0)

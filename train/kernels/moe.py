@@ -119,6 +119,11 @@ class _Shared:
 
     def gradient(self, weight: int) -> Tensor:
         rows = self.pairs[weight]
+        if self.ops in (moe_torch.Loop, moe_torch.Grouped):
+            gradient = self.ops.weight_grad_of_calls(rows, self.routings, transposed=weight == 2)
+            rows.clear()
+            return gradient
+        # the kernels have one launch for all experts
         (dense, gathered), routing = rows[0], self.routings[0]
         if len(rows) > 1:
             # as if all tokens had come in one call: each call's rows move to where that call would have them

@@ -22,11 +22,10 @@ def gather_sum(rows_ND: Tensor, inverse_N: Tensor, topk: int) -> Tensor:
 
 
 class Experts:
-    """Forward and backward in terms of three products over the sorted rows of each expert.
+    """Forward and backward in terms of two products over the sorted rows of each expert.
 
     multiply_nt(a [N, k], w [E, m, k]) -> a w[e]^T  [N, m]
     multiply_nn(a [N, m], w [E, m, k]) -> a w[e]    [N, k]
-    multiply_tn(a [N, m], b [N, k])    -> a^T b     [E, m, k], zeros where an expert has no rows
     """
 
     def __init__(self, routing: Routing) -> None:
@@ -36,9 +35,6 @@ class Experts:
         raise NotImplementedError
 
     def multiply_nn(self, a: Tensor, w: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def multiply_tn(self, a: Tensor, b: Tensor) -> Tensor:
         raise NotImplementedError
 
     @classmethod
@@ -96,13 +92,31 @@ class Experts:
             dx = gather_sum(dx_ND, routing.inverse, K) if len(dx_ND) else torch.zeros_like(x)
         return dx, dweights, dg_NF, du_NF, h_NF
 
-    @classmethod
-    def weight_grad(cls, dense_NF: Tensor, gathered_TD: Tensor, routing: Routing, transposed: bool) -> Tensor:
-        """dense^T gathered[token] of each expert, [E, F, D], or its transpose."""
-        self, gathered_ND = cls(routing), gathered_TD.index_select(0, routing.token)
-        if transposed:
-            return self.multiply_tn(gathered_ND, dense_NF)
-        return self.multiply_tn(dense_NF, gathered_ND)
+    @staticmethod
+    def weight_grad_of_calls(
+        calls: list[tuple[Tensor, Tensor]], routings: list[Routing], transposed: bool
+    ) -> Tensor:
+        """dense^T gathered[token] of each expert over the rows of all calls, [E, F, D], or its transpose.
+
+        An expert's rows come together just before their product, while they fit a cache.
+
+        Args:
+            calls: dense [N, F] and gathered [T, D] of each call.
+            routings: of the same calls.
+            transposed: whether [E, D, F] is wanted.
+        """
+        bounds = [routing.offsets.tolist() for routing in routings]
+        (dense, gathered), E = calls[0], len(bounds[0]) - 1
+        shape = (gathered.shape[1], dense.shape[1]) if transposed else (dense.shape[1], gathered.shape[1])
+        out = dense.new_empty(E, *shape)
+        for e in range(E):
+            spans = [slice(*of[e : e + 2]) for of in bounds]
+            rows = torch.cat([call[0][span] for call, span in zip(calls, spans, strict=True)])
+            chosen = [routing.token[span] for routing, span in zip(routings, spans, strict=True)]
+            inputs = torch.cat([x.index_select(0, t) for (_, x), t in zip(calls, chosen, strict=True)])
+            # no rows, a product of zeros
+            torch.mm(inputs.t() if transposed else rows.t(), rows if transposed else inputs, out=out[e])
+        return out
 
 
 class Loop(Experts):
@@ -112,7 +126,6 @@ class Loop(Experts):
         super().__init__(routing)
         bounds = routing.offsets.tolist()
         self.spans = [(e, a, b) for e, (a, b) in enumerate(pairwise(bounds)) if b > a]
-        self.complete = len(self.spans) == len(bounds) - 1
 
     def multiply_nt(self, a: Tensor, w: Tensor) -> Tensor:
         out = a.new_empty(len(a), w.shape[1])
@@ -126,17 +139,9 @@ class Loop(Experts):
             torch.mm(a[i:j], w[e], out=out[i:j])
         return out
 
-    def multiply_tn(self, a: Tensor, b: Tensor) -> Tensor:
-        E = len(self.routing.offsets) - 1
-        make = a.new_empty if self.complete else a.new_zeros
-        out = make(E, a.shape[1], b.shape[1])
-        for e, i, j in self.spans:
-            torch.mm(a[i:j].t(), b[i:j], out=out[e])
-        return out
-
 
 class Grouped(Experts):
-    """`torch.nn.functional.grouped_mm`; no host synchronisation."""
+    """`torch.nn.functional.grouped_mm`; no host synchronisation but for the gradients of weights."""
 
     def __init__(self, routing: Routing) -> None:
         super().__init__(routing)
@@ -147,6 +152,3 @@ class Grouped(Experts):
 
     def multiply_nn(self, a: Tensor, w: Tensor) -> Tensor:
         return F.grouped_mm(a, w, offs=self.ends)
-
-    def multiply_tn(self, a: Tensor, b: Tensor) -> Tensor:
-        return F.grouped_mm(a.t(), b, offs=self.ends)
