@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from configs.errors import ConfigError, InputError
-from configs.schema import RunConfig
 from configs.target import target_config
+
+if TYPE_CHECKING:  # what only reads a draft's config needs none of the settings' packages
+    from configs.schema import RunConfig
 
 __all__ = ["ARCHITECTURE", "IDS", "draft_config", "new_config", "recognise", "refuse_layers", "usual_layers"]
 
@@ -96,7 +98,7 @@ def usual_layers(target: Mapping[str, Any]) -> list[int]:
     return [2, count // 2, count - 3] if count > 8 else [count - 2, count - 1]
 
 
-def new_config(config: RunConfig, target: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
+def new_config(config: "RunConfig", target: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
     """The config.json of the draft that `[eagle3]` describes, with the inputs of these layers.
 
     Raises:
