@@ -113,7 +113,7 @@ def _table(summary: dict[str, Any]) -> Table:
     first = [[f"length, offline, {count(places, 'draft token')}", *offline]]
     sections = [first, acceptance_rows(drafts), cost_rows(drafts)]
     if summary["loop_share"] is not None:
-        sections.append([["answers that are loops", f"{summary['loop_share']:.1%}"]])
+        sections.append([["answers that are loops", f"{summary['loop_share']:.2%}"]])
     stages = summary["stages"].items()
     sections.append([[n, f"{c['seconds']:.0f} s", f"{c['bytes'] / 2**20:,.1f} MiB"] for n, c in stages])
     peak = f"{summary['peak_rss_bytes'] / 2**30:.1f} GiB RAM"

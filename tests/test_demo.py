@@ -56,8 +56,9 @@ def finished(tmp_path_factory):
 
 
 def test_demo_leaves_a_summary_of_every_stage(finished):
-    root, _ = finished
+    root, done = finished
     summary = json.loads((root / "run" / "summary.json").read_text())
+    assert f"{summary['loop_share']:.2%}" in done.stderr
     for side in ("before", "after"):
         found = summary[side]
         assert 1 <= found["acceptance_length"] <= 4
