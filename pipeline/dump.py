@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -274,13 +275,16 @@ def _run(config: RunConfig, gpu: bool) -> dict[str, Any]:
     if kept:
         log("dump", f"{kept:,} of {len(work.mine):,} documents are in the store already: kept")
     captured = Captured()
-    if len(work.left):
+    begun = run_dir.begun_parts(config.run.dir, config.dump.worker)
+    if len(work.left) or begun.exists():
         lock = run_dir.dump_lock(config.run.dir, config.dump.worker)
         hint = "wait for it, or give each machine its own dump.worker = 'k/n'"
         with hold(lock, "another dump with the same dump.worker", hint):
-            parts = cut(prompts.documents, work.left, config.dump.block_documents)
-            settings = engine_settings(config, prompts, agreed, view, gpu=gpu)
-            _capture(config, settings, parts, prompts, work, captured)
+            _remove_begun(objects, begun)
+            if len(work.left):
+                parts = cut(prompts.documents, work.left, config.dump.block_documents)
+                settings = engine_settings(config, prompts, agreed, view, gpu=gpu)
+                _capture(config, settings, parts, prompts, work, captured)
         _write_rejects(config, prompts, work.rejected | captured.rejected)
     return _finish(config, prompts, objects, kept, captured, started)
 
@@ -347,6 +351,18 @@ def _leftovers(objects: Objects) -> dict[str, list[str]]:
     return found
 
 
+def _remove_begun(objects: Objects, begun: Path) -> None:
+    """Remove what a killed run was writing.
+
+    Its parts may never come again: what is left to do may be cut in another way by now.
+    """
+    names = begun.read_text().split() if begun.exists() else []
+    for name, directories in _leftovers(objects).items() if names else ():
+        for directory in directories if name in names else ():
+            objects.delete(directory)
+    begun.unlink(missing_ok=True)
+
+
 def _capture(
     config: RunConfig,
     settings: EngineSettings,
@@ -362,12 +378,7 @@ def _capture(
         log("dump", f"starting vLLM, see {settings.log}")
     objects = open_objects(config.store_path)
     begun = run_dir.begun_parts(config.run.dir, config.dump.worker)
-    earlier = begun.read_text().split() if begun.exists() else []
     leftovers = _leftovers(objects)
-    # of a killed run, whose parts may never come again: what is left to do may be cut in another way by now
-    for name in earlier:
-        for directory in leftovers.pop(name, ()):
-            objects.delete(directory)
     waiting = len(work.left)
     names: set[str] = set()
     taken: dict[str, int] = {}  # documents of a part

@@ -93,10 +93,14 @@ def test_what_a_killed_run_was_writing_is_removed_though_its_parts_are_cut_anew(
     committed = {p["name"] for p in store.manifest["parts"]}
     (name,) = set(run_dir.begun_parts(config.run.dir, "1/1").read_text().split())
     assert name not in committed
-    for part in (name, "ffffffffffffffff"):  # of the run that ended, and of a machine that is still at it
+
+    def leave(part: str) -> None:
         writer = StoreWriter(config.store_path, store.contract, part=part)
         states = np.zeros((3, *store[0].hidden.shape[1:]), np.uint16)
         writer.append(1, np.zeros(3, np.uint32), np.ones(3, np.uint8), states)
+
+    leave(name)
+    leave("ffffffffffffffff")  # of a machine that is still at it
     folder = Path(config.store_path) / "parts"
     assert len([p for p in folder.iterdir() if p.name.startswith(name)]) == 1
     set_lines(config, [{"messages": [{"role": "user", "content": "And what is new?"}]}, *lines])
@@ -109,6 +113,13 @@ def test_what_a_killed_run_was_writing_is_removed_though_its_parts_are_cut_anew(
     assert sorted(store.uid.tolist()) == sorted(uids_of(config))
     assert store.verify() == []
     assert not run_dir.begun_parts(config.run.dir, "1/1").exists()
+    # and where nothing is left to do, as the input has become shorter
+    leave(name)
+    run_dir.begun_parts(config.run.dir, "1/1").write_text(f"{name}\n{min(committed)}\n")
+    set_lines(config, lines[:10])
+    assert run(config)["captured_documents"] == 0
+    assert {p.name for p in folder.iterdir() if p.name.startswith(name)} == set()
+    assert committed <= {p.name for p in folder.iterdir()}
 
 
 def test_workers_do_their_own_documents_and_the_manifest_says_what_is_missing(config, engine):
