@@ -68,8 +68,13 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 # On CPU the barriers of OpenMP stall where its threads, the scheduler and the writers want more cores than
-# there are; for workers beside GPUs vLLM chooses the number itself.
-CPU_ENVIRONMENT = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // 2))}
+# there are; for workers beside GPUs vLLM chooses the number itself. And glibc would give the memory of every
+# large tensor back to the system and ask for it anew, a page at a time: half of a wide model's time.
+CPU_ENVIRONMENT = {
+    "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // 2)),
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+}
 
 
 class Capture:
