@@ -203,11 +203,11 @@ def _ended(log_file: Path) -> Layer61Error:
     return Layer61Error(f"the server ended: {child.last_error(log_file)}", f"see {log_file}")
 
 
-def figures(place: str) -> Figures:
+def figures(place: str, timeout_s: float = 10) -> Figures:
     """What the server at this URL has counted, from its /metrics. Raises OSError where it does not answer."""
     from prometheus_client.parser import text_string_to_metric_families
 
-    with urllib.request.urlopen(f"{place}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"{place}/metrics", timeout=timeout_s) as answer:
         text = answer.read().decode()
     totals: dict[str, int] = {}
     accepted: dict[int, int] = {}
@@ -264,6 +264,8 @@ def _watch(config: RunConfig, process: BaseProcess, log_file: Path) -> None:
                     f" {new.tokens / took:,.0f} tokens/s{new.acceptance()}",
                 )
     finally:
+        with contextlib.suppress(OSError):  # what came since the last line; it may have ended
+            last = figures(url(config), timeout_s=2)
         total = last.since(first)
         log("serve", f"{total.requests:,} requests, {total.tokens:,} tokens{total.acceptance()}")
     raise _ended(log_file)

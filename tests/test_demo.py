@@ -1,13 +1,18 @@
 """Every stage through the command line, on a target small enough to be trained in seconds."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from openai import OpenAI
 
 from featurestore import open_store
+from pipeline.serve import figures
+from tests.test_children import free_port
 
 pytestmark = pytest.mark.engine
 
@@ -114,12 +119,45 @@ def test_second_start_recomputes_nothing(finished):
         assert second[side] == first[side]
 
 
+def test_what_the_demo_leaves_is_served_and_its_drafts_are_accepted(finished):
+    root, _ = finished
+    port = free_port()
+    command = [sys.executable, "-m", "pipeline", "serve", "configs/tiny.toml", f"run.dir={root / 'run'}"]
+    command += [f"target.path={root / 'target'}", *SMALL, f"serve.port={port}"]
+    with open(root / "said", "w") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said)
+    try:
+        while "ready:" not in (root / "said").read_text():
+            assert process.poll() is None, (root / "said").read_text()
+            time.sleep(0.2)
+        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        chat = client.chat.completions.create(
+            model="target",
+            messages=[{"role": "user", "content": "What does shutil.copy2 do?"}],
+            temperature=0,
+            max_tokens=200,
+            extra_body={"ignore_eos": True},
+        )
+        assert chat.usage is not None
+        assert chat.usage.completion_tokens == 200
+        assert chat.choices[0].message.content
+        counted = figures(f"http://127.0.0.1:{port}")
+        assert counted.drafts > 0
+        assert sum(counted.accepted) > 0
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+    finally:
+        process.kill()
+        process.wait()
+    assert "acceptance length" in (root / "said").read_text()
+
+
 def test_report_is_one_page_without_links(finished):
     root, _ = finished
     command = [sys.executable, "-m", "pipeline", "report", str(root / "run")]
     subprocess.run(command, check=True, capture_output=True)
     page = (root / "run" / "report.html").read_text()
     assert page.count("<svg") >= 3
-    assert "Acceptance" in page
+    assert "tokens a step" in page
     assert "<script" not in page
     assert 'src="' not in page

@@ -248,6 +248,8 @@ def _grouped(drafts: Iterable[Draft], key: str, title: str, num_steps: int) -> l
             for a in (a for a in all_ if a.num_steps == K):
                 values.setdefault(a.group, {})[name] = a.point
                 sizes[a.group] = max(sizes.get(a.group, 0), a.documents or 0)
+        if len(values) < 2:
+            continue  # the whole says the same
         kept = sorted(values, key=lambda group: -sizes[group])[:MOST_GROUPS]
         rows = [
             (f"{group} ({sizes[group]:,} documents)" if sizes[group] else group, values[group])
