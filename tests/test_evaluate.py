@@ -39,7 +39,7 @@ def layer(tiny_checkpoint, store):
     """A layer trained for a moment on the other documents, so that some drafts are accepted."""
     layer = load_layer(tiny_checkpoint)
     draft = Draft(layer, TrainConfig(dtype="float32"))
-    documents = evaluate._read(store, np.flatnonzero(~store.held_out), [0])
+    documents = evaluate.read_documents(store, np.flatnonzero(~store.held_out), [0])
     batch = pack(documents, torch.float32, torch.device("cpu"))
     scored = batch.scored(DRAFTS)
     optimizer = torch.optim.Adam([p for n, p in layer.named_parameters() if "indexer" not in n], lr=3e-3)
