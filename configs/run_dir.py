@@ -7,6 +7,7 @@ RUN/
   rejects.jsonl        dump: conversations left out, and why
   probe.npz            dump: one document's states at the first start of an engine
   engine.1-of-1.log    dump: what the engine of that worker prints; engine.1-of-1.ray-2.log over Ray
+  engine.check-vllm.log  dump --check: what that engine prints, and its view.check-vllm
   view.1-of-1/         dump: the target without sparse attention, as links, for that worker's engine
   held_out.json        train: share and seed of the held-out set, decided at its first start, and its size
   metrics.jsonl        train: one line a step

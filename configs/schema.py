@@ -160,6 +160,9 @@ class PromptsConfig(Section):
 class DumpConfig(Section):
     store: str | None = None
     """Path or s3:// URL of the feature store; by default `store` in the run directory."""
+    engine: Literal["vllm", "transformers"] = "vllm"
+    """What runs the target; transformers is several times slower, needs no vLLM, and has sparse attention
+    without a GPU."""
     view: Literal["auto", "native", "v3"] = "auto"
     """How the engine sees a V3.2 checkpoint: natively, or through a V3 view without sparse attention."""
     aux_layers: tuple[int, ...] = ()
@@ -187,8 +190,13 @@ class DumpConfig(Section):
     """Codec of the stored states; lossless bf16 saves at most a third."""
     probe: bool = True
     """Recompute one document at each start and compare it with the first run's states."""
+    batch_tokens: int = Field(2048, ge=1, json_schema_extra=FREE)
+    """transformers: longest text read at once; longer ones are read in pieces, shorter ones together, with as
+    many attention weights in memory."""
     vllm: dict[str, Any] = Field(default_factory=dict)
-    """Passed to vLLM's engine untouched."""
+    """Passed to vLLM's engine untouched, where that is the engine."""
+    transformers: dict[str, Any] = Field(default_factory=dict)
+    """Passed to transformers' `from_pretrained` untouched, where that is the engine, as `dtype`."""
 
 
 class TrainConfig(Section):
@@ -377,6 +385,7 @@ OWNED: dict[str, frozenset[str]] = {
         | {"kv_transfer_config", "skip_tokenizer_init", "hf_overrides", "hf_config_path"}
         | {"worker_extension_cls"}
     ),
+    "dump.transformers": frozenset({"config", "state_dict", "output_loading_info", "local_files_only"}),
     "verify.vllm": frozenset({"model", "tokenizer", "tensor_parallel_size", "seed", "speculative_config"}),
     "serve.vllm": frozenset(
         {"model", "tokenizer", "tensor_parallel_size", "speculative_config", "host", "port"}
@@ -435,6 +444,11 @@ class RunConfig(Section):
         if self.prompts.answers == "given" and self.prompts.thinking == "both":
             raise ValueError(
                 "prompts.thinking = 'both' needs the target's answers: prompts.answers = 'given'"
+            )
+        if self.dump.engine == "transformers" and self.dump.tensor_parallel_size > 1:
+            raise ValueError(
+                f"dump.tensor_parallel_size = {self.dump.tensor_parallel_size} is vLLM's: transformers"
+                " spreads a target over GPUs with dump.transformers.device_map = 'auto'"
             )
         for name in sorted(self.dump.vllm):
             why = next((w for start, w in NOT_IN_A_DUMP.items() if name.startswith(start)), None)

@@ -3,6 +3,7 @@
 import argparse
 import errno
 import io
+import itertools
 import json
 import os
 import signal
@@ -125,8 +126,17 @@ def _alone(config: RunConfig, verb: str) -> AbstractContextManager[None]:
 
 
 def _dump(args: argparse.Namespace) -> int:
-    from pipeline import dump
+    from pipeline import dump, recompute
 
+    if args.check is not None:
+        if args.dry_run:
+            raise ConfigError("--check computes and has no dry run", "leave out --dry-run")
+        config = load_config(args.config, args.overrides)
+        check_keys(config, "dump")
+        result = recompute.check(config, args.check)
+        if args.json:
+            console_out(json.dumps(result, indent=2))
+        return 0
     return _stage(args, ("target", "prompts", "dump"), dump.plan, dump.run)
 
 
@@ -275,6 +285,14 @@ def _parser() -> Parser:
     for name, (call, text, sections) in VERBS.items():
         verb = add(name, text, sections)
         add_config(verb)
+        if name == "dump":
+            verb.add_argument(
+                "--check",
+                type=_documents,
+                metavar="N",
+                help="capture nothing: compute N documents of the store again with the other engine, and end"
+                " with exit code 3 where the states differ by more than rounding explains",
+            )
         verb.set_defaults(call=call)
 
     verb = add("store", "look at a feature store", ())
@@ -297,6 +315,23 @@ def _parser() -> Parser:
     verb.add_argument("run", type=Path, help="run directory")
     verb.set_defaults(call=_report)
     return parser
+
+
+def _options_first(words: list[str]) -> list[str]:
+    """Options before all else, each with its value."""
+    options, rest, left = [], [], iter(words)
+    for word in left:
+        if not word.startswith("-"):
+            rest.append(word)
+        else:
+            options += [word, *itertools.islice(left, 1)] if word == "--check" else [word]
+    return [*options, *rest]
+
+
+def _documents(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a number of documents, not {text!r}")
+    return int(text)
 
 
 def _split(args: argparse.Namespace) -> None:
@@ -337,7 +372,7 @@ def run(words: list[str]) -> int:
     try:
         if verb != "VERB":
             # argparse takes options between positional arguments only here
-            words = [words[0], *sorted(words[1:], key=lambda word: not word.startswith("-"))]
+            words = [words[0], *_options_first(words[1:])]
         args = _parser().parse_args(words)
         if hasattr(args, "arguments"):
             _split(args)

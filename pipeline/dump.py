@@ -283,7 +283,7 @@ def _run(config: RunConfig, gpu: bool) -> dict[str, Any]:
             _remove_begun(objects, begun)
             if len(work.left):
                 parts = cut(prompts.documents, work.left, config.dump.block_documents)
-                settings = engine_settings(config, prompts, agreed, view, gpu=gpu)
+                settings = engine_settings(config, prompts.turns, agreed, view, gpu=gpu)
                 _capture(config, settings, parts, prompts, work, captured)
         _write_rejects(config, prompts, work.rejected | captured.rejected)
     return _finish(config, prompts, objects, kept, captured, started)
@@ -375,7 +375,8 @@ def _capture(
     engines = RaySession if config.dump.ray else Session
     session = engines(settings, probe, prompts.documents[0].input_ids)
     if not config.dump.ray:
-        log("dump", f"starting vLLM, see {settings.log}")
+        slower = "vLLM" if settings.engine == "vllm" else "transformers, which is slower than vLLM"
+        log("dump", f"starting {slower}, see {settings.log}")
     objects = open_objects(config.store_path)
     begun = run_dir.begun_parts(config.run.dir, config.dump.worker)
     leftovers = _leftovers(objects)

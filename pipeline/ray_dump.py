@@ -29,7 +29,7 @@ import numpy as np
 
 from configs.errors import CaptureError, ConfigError, describe, revive
 from configs.progress import log
-from configs.provenance import vllm_version
+from configs.provenance import engine_version
 from pipeline.capture.engine import EngineSettings, PartResult
 from pipeline.capture.process import CLOSE_SECONDS
 from pipeline.capture.session import Session
@@ -443,7 +443,7 @@ def _check_nodes(nodes: dict[str, int], settings: EngineSettings) -> None:
 
     directories = [Path(settings.log).parent, *([] if "://" in settings.store else [Path(settings.store)])]
     marks = [directory / f".seen-by-ray-{secrets.token_hex(8)}" for directory in directories]
-    expected = _seen(Path(settings.model), [])
+    expected = _seen(Path(settings.model), [], settings.engine)
     try:
         for mark in marks:
             mark.parent.mkdir(parents=True, exist_ok=True)
@@ -453,7 +453,7 @@ def _check_nodes(nodes: dict[str, int], settings: EngineSettings) -> None:
         for node in nodes:
             there = NodeAffinitySchedulingStrategy(node, soft=False)
             options = {"num_cpus": 0, "scheduling_strategy": there}
-            answers[node] = look.options(**options).remote(Path(settings.model), marks)
+            answers[node] = look.options(**options).remote(Path(settings.model), marks, settings.engine)
         for node, asked in answers.items():
             try:
                 answer = ray.get(asked)
@@ -471,9 +471,9 @@ def _check_nodes(nodes: dict[str, int], settings: EngineSettings) -> None:
                     f"{where} does not see {unseen[0]} as this machine does",
                     "run.dir, target.path and a local dump.store must lie on a file system they all share",
                 )
-            if answer["vllm"] != expected["vllm"]:
+            if answer["version"] != expected["version"]:
                 raise ConfigError(
-                    f"{where} has vLLM {answer['vllm']}, this machine {expected['vllm']}",
+                    f"{where} has {settings.engine} {answer['version']}, this machine {expected['version']}",
                     "install the same locked environment on every node",
                 )
     finally:
@@ -481,8 +481,8 @@ def _check_nodes(nodes: dict[str, int], settings: EngineSettings) -> None:
             mark.unlink(missing_ok=True)
 
 
-def _seen(model: Path, marks: Sequence[Path]) -> dict[str, Any]:
-    """What a node sees: names and sizes of the target's files, which of the marks are there, its vLLM."""
+def _seen(model: Path, marks: Sequence[Path], engine: str) -> dict[str, Any]:
+    """What a node sees: names and sizes of the target's files, the marks, the version of its engine."""
     import ray
 
     files = {p.name: p.stat().st_size for p in model.iterdir() if p.is_file()} if model.is_dir() else {}
@@ -490,5 +490,5 @@ def _seen(model: Path, marks: Sequence[Path]) -> dict[str, Any]:
         "address": ray.util.get_node_ip_address(),
         "files": files,
         "marks": [mark.exists() for mark in marks],
-        "vllm": vllm_version(),
+        "version": engine_version(engine),
     }

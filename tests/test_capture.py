@@ -20,7 +20,7 @@ from configs.errors import BadStatesError, CaptureError
 from configs.files import read_json, write_json
 from configs.schema import PromptsConfig
 from featurestore import held_documents, open_store, part_exists, publish
-from pipeline.capture import vllm_engine
+from pipeline.capture import driver
 from pipeline.capture.engine import EngineSettings, PartResult, Refused
 from pipeline.capture.plugin import CAPTURE_VARIABLE
 from pipeline.capture.probe import check_states
@@ -135,8 +135,8 @@ def drive(
 
     engine.settings = replace(engine.settings, store=str(folder / "broken"))
     # one document comes back as another one than was sent, and one with a state that is not finite
-    expected, swapped = vllm_engine.digest, digest(given[1].input_ids.tolist())
-    vllm_engine.digest = lambda ids: expected(ids) ^ (expected(ids) == swapped)
+    expected, swapped = driver.digest, digest(given[1].input_ids.tolist())
+    driver.digest = lambda ids: expected(ids) ^ (expected(ids) == swapped)
     writers = get_kv_transfer_group().writers
     check = writers._check
     writers._check = lambda job: spoil(check, job, given[3].uid)
@@ -144,7 +144,7 @@ def drive(
     assert isinstance(result, PartResult)
     publish(engine.settings.store)
     write_json(folder / "some.json", {str(k): v for k, v in result.rejected.items()})
-    vllm_engine.digest, writers._check = expected, check
+    driver.digest, writers._check = expected, check
     # and an engine all of whose states are bad
     model.model.norm.weight.data[0] = float("nan")
     try:

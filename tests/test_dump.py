@@ -101,6 +101,18 @@ def test_plan_of_the_real_run_needs_neither_target_nor_prompts(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_plan_of_long_documents_takes_the_target_as_it_is(tmp_path):
+    """Beyond index_topk a view without sparse attention would compute something else."""
+    real = Path(__file__).parent.parent / "configs/deepseek-v3.2-long.toml"
+    settings = [f"run.dir={tmp_path}", f"target.path={tmp_path / 'absent'}"]
+    config = load_config([real], settings)
+    assert config.prompts.max_length > 2048
+    assert config.train.tokens_per_rank >= config.prompts.max_length
+    assert plan(config).view == "native"
+    with pytest.raises(ConfigError, match="more than index_topk = 2048"):
+        plan(changed(config, dump__view="v3"))
+
+
 def test_plan_of_an_eagle3_dump_counts_every_state_and_refuses_layers_that_are_not_there(tmp_path):
     real = Path(__file__).parent.parent / "configs/deepseek-v3.2-eagle3.toml"
     settings = [f"run.dir={tmp_path}", f"target.path={tmp_path / 'absent'}"]

@@ -30,7 +30,8 @@ from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_paral
 from vllm.model_executor.models.extract_hidden_states import CacheOnlyAttentionLayer
 from vllm.v1.kv_cache_interface import HiddenStateCacheSpec
 
-from configs.errors import CaptureError, describe
+from configs.errors import CaptureError
+from pipeline.capture.routers import Routers
 from pipeline.capture.writers import Writers
 
 if TYPE_CHECKING:
@@ -265,22 +266,26 @@ class CaptureWorker:
         mode = self.vllm_config.compilation_config.cudagraph_mode  # type: ignore[attr-defined]
         return mode.name
 
-    def layer61_open(self, name: str, store: str, contract: dict[str, Any], compression: str) -> Any:
-        """Open a part; None, or the error described."""
-        writers = _connector().writers
-        try:
-            if writers is not None:
-                writers.open(name, store, contract, compression)
-        except Exception as error:
-            return describe(error)
-        return None
+    def layer61_watch_routers(self) -> None:
+        """From now on, write down which experts the routers choose; every rank has whole routers."""
+        if get_tensor_model_parallel_rank() == 0:
+            runner: Any = self.model_runner  # type: ignore[attr-defined]
+            self.layer61_routers = Routers(runner.model, runner.model_config.hf_config)
 
-    def layer61_state(self, expected: dict[str, int]) -> Any:
-        """How parts stand, by name, each with the documents it is to have: see `Writers.state`."""
+    def layer61_experts(self, tokens: int) -> Any:
+        """See `Routers.take`."""
+        routers = getattr(self, "layer61_routers", None)
+        return routers and routers.take(tokens)
+
+    def layer61_open(self, name: str, store: str, contract: dict[str, Any], compression: str) -> Any:
+        """See `Writers.open`."""
         writers = _connector().writers
-        return writers and {
-            name: (writers.rows_taken(name), writers.state(name, n)) for name, n in expected.items()
-        }
+        return writers and writers.open(name, store, contract, compression)
+
+    def layer61_states(self, expected: dict[str, int]) -> Any:
+        """See `Writers.states`."""
+        writers = _connector().writers
+        return writers and writers.states(expected)
 
     def layer61_commit(self, name: str, rejected: dict[int, str]) -> None:
         """See `Writers.commit`."""

@@ -22,6 +22,10 @@ class EngineSettings:
         max_loop_share: documents with more of their answers in loops are rejected.
         max_bad_share: share of documents that may be bad before the engine is taken to be.
         open_parts: parts whose documents are in the engine at the same time.
+        engine: `vllm` or `transformers`.
+        vllm, transformers: what is passed through to each.
+        batch_tokens: see `dump.batch_tokens`.
+        watch_routers: write down which experts the routers choose for each probe.
     """
 
     model: str
@@ -41,6 +45,10 @@ class EngineSettings:
     max_loop_share: float = 1.0
     max_bad_share: float = 0.01
     open_parts: int = 1
+    engine: str = "vllm"
+    transformers: dict[str, Any] = field(default_factory=dict)
+    batch_tokens: int = 2048
+    watch_routers: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from configs.errors import CaptureError, InputError
 from configs.files import atomic_write, sha256_json
 from pipeline.capture.process import Capture
 
-__all__ = ["check_states", "compare_with_first_start"]
+__all__ = ["check_states", "compare_with_first_start", "row_errors"]
 
 PROBE_TOKENS = 256
 # of the rows of two computations of one document: bf16 rounding moves each by less than one in a hundred; a
@@ -61,8 +61,7 @@ def check_states(now: np.ndarray, first: np.ndarray, where: str) -> None:
     hint = f"the engine or its checkpoint has changed since the first start; see {where}, or use a new run"
     if now.shape != first.shape:
         raise CaptureError(f"the probe document has states {now.shape}, the first start {first.shape}", hint)
-    a, b = (_floats(x).reshape(len(x), -1) for x in (now, first))
-    error = np.linalg.norm(a - b, axis=1) / np.maximum(np.linalg.norm(b, axis=1), 1e-20)
+    error = row_errors(now, first)
     median, far = float(np.median(error)), float((error > PROBE_FAR).mean())
     if not (median <= PROBE_MEDIAN and far <= PROBE_FAR_SHARE):
         raise CaptureError(
@@ -71,6 +70,12 @@ def check_states(now: np.ndarray, first: np.ndarray, where: str) -> None:
             f" (at most {PROBE_FAR_SHARE:.0%})",
             hint,
         )
+
+
+def row_errors(now: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Relative differences [T] of the states of each token, bf16 bits as uint16 [T, S, D], to `first`."""
+    a, b = (_floats(x).reshape(len(x), -1) for x in (now, first))
+    return np.linalg.norm(a - b, axis=1) / np.maximum(np.linalg.norm(b, axis=1), 1e-20)
 
 
 def _floats(bits: np.ndarray) -> np.ndarray:

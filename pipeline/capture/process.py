@@ -14,6 +14,7 @@ from torch import cuda
 
 from configs.errors import CaptureError, describe, revive
 from pipeline import child
+from pipeline.capture.driver import Driver
 from pipeline.capture.engine import EngineSettings
 from pipeline.capture.plugin import CAPTURE_VARIABLE
 from pipeline.parts import Part
@@ -28,9 +29,7 @@ def _serve(settings: EngineSettings, connection: Connection) -> None:
     """Body of the engine's process: answers calls until the connection ends."""
     child.enter(settings.log, append=True)
     try:
-        from pipeline.capture.vllm_engine import Engine
-
-        engine = Engine(settings)
+        engine = _engine(settings)
     except BaseException as error:
         connection.send(("error", describe(error)))
         return
@@ -43,16 +42,27 @@ def _serve(settings: EngineSettings, connection: Connection) -> None:
         connection.send(("error", describe(error)))
 
 
-def _drive(engine: Any, connection: Connection) -> None:
+def _engine(settings: EngineSettings) -> Driver:
+    # neither needs the other to be installed
+    if settings.engine == "transformers":
+        from pipeline.capture import transformers_engine
+
+        return transformers_engine.Engine(settings)
+    from pipeline.capture import vllm_engine
+
+    return vllm_engine.Engine(settings)
+
+
+def _drive(engine: Driver, connection: Connection) -> None:
     """Step the engine, taking what is sent to it in between; a step that fails ends it."""
     while True:
         while connection.poll(0 if engine.busy else None):
             method, args = connection.recv()
-            if method == "probe":
-                connection.send(("probed", engine.probe(*args)))
+            if method != "open":
+                connection.send((method, getattr(engine, method)(*args)))
                 continue
-            if (ended := engine.open(*args)) is not None:
-                connection.send(("part", ended))
+            if (refused := engine.open(*args)) is not None:
+                connection.send(("part", refused))
         finished, ended = engine.step()
         if finished[0]:
             connection.send(("progress", finished))
@@ -89,7 +99,9 @@ class Capture:
         self._connection, theirs = multiprocessing.Pipe()
         Path(settings.log).parent.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
-        environment = ENVIRONMENT | ({} if cuda.is_available() else CPU_ENVIRONMENT)
+        environment = {} if settings.engine == "transformers" else ENVIRONMENT
+        if environment and not cuda.is_available():
+            environment = environment | CPU_ENVIRONMENT
         self._process = child.start(_serve, (settings, theirs), "layer61-engine", environment)
         theirs.close()
         try:
@@ -132,11 +144,16 @@ class Capture:
             part: what to capture.
             later: documents of parts that are to come, which says whether the engine could be busier.
         """
-        self._send("part", part.name, part.documents, part.rejected, later)
+        self._send("open", part.name, part.documents, part.rejected, later)
 
     def probe(self, ids: np.ndarray) -> np.ndarray:
         """States of one document, bf16 bits as uint16 [T, S, D]; nothing is stored, no part may be open."""
         self._send("probe", ids)
+        return self.receive()
+
+    def experts(self) -> np.ndarray | None:
+        """What the routers chose for the document of the last probe: see `Driver.experts`."""
+        self._send("experts")
         return self.receive()
 
     def _send(self, method: str, *args: Any) -> None:

@@ -40,7 +40,8 @@ class Session:
     def _engine(self) -> Capture:
         if self._capture is None:
             self._capture = Capture(self.settings)
-            log("dump", f"the engine is ready, CUDA graphs: {self._capture.cudagraph_mode}")
+            graphs = self._capture.cudagraph_mode
+            log("dump", "the engine is ready" + (f", CUDA graphs: {graphs}" if graphs else ""))
             self.start_seconds += self._capture.start_seconds
             if self._probe is not None:
                 compare_with_first_start(self._capture, self._probe, self._probe_ids)

@@ -80,9 +80,15 @@ class Writers:
         for i in range(threads):
             Thread(target=self._work, name=f"layer61-writer-{i}", daemon=True).start()
 
-    def open(self, name: str, store: str, contract: dict[str, Any], compression: str) -> None:
-        """Open a part. Raises as `StoreWriter` does."""
-        self.parts[name] = OpenPart(StoreWriter(store, contract, part=name, compression=compression))
+    def open(
+        self, name: str, store: str, contract: dict[str, Any], compression: str
+    ) -> dict[str, Any] | None:
+        """Open a part; None, or the error that `StoreWriter` raised, described."""
+        try:
+            self.parts[name] = OpenPart(StoreWriter(store, contract, part=name, compression=compression))
+        except Exception as error:
+            return describe(error)
+        return None
 
     def has_room(self, size: int) -> bool:
         """Whether `size` bytes fit; an empty queue takes a document of any size."""
@@ -135,9 +141,13 @@ class Writers:
                 "seconds": part.seconds,
             }
 
-    def rows_taken(self, name: str) -> int:
-        """Documents of a part whose rows were handed over so far."""
-        return self.parts[name].turns
+    def states(self, expected: dict[str, int]) -> dict[str, tuple[int, dict[str, Any] | None]]:
+        """How parts stand, by name: documents whose rows were handed over so far, and what `state` says.
+
+        Args:
+            expected: documents that each is to have, by its name.
+        """
+        return {name: (self.parts[name].turns, self.state(name, n)) for name, n in expected.items()}
 
     def commit(self, name: str, rejected: dict[int, str]) -> None:
         """Begin to commit a part, with what is to be noted as left out; `state` says when it is done."""
