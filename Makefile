@@ -17,8 +17,8 @@ TESTS := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-ray demo demo-eagle3 target dump-hidden-states train export-nextn evaluate verify serve bench-serve \
-	report test test-fast check check-sglang \
+.PHONY: help setup setup-ray demo demo-eagle3 demo-sparse target dump-hidden-states train export-nextn evaluate verify \
+	serve bench-serve report test test-fast check check-sglang \
 	bench-store bench-dump bench-moe bench-loss bench-train bench-attention bench-checkpoint bench-acceptance kernels-report gpu-rehearsal clean
 
 help: ## list the targets
@@ -47,6 +47,9 @@ demo: setup ## the whole pipeline on a laptop: target, dump, train, export, veri
 
 demo-eagle3: setup ## the same with an EAGLE-3 draft from a random start, beside the target of `demo`
 	$(LAYER61) demo configs/tiny-eagle3.toml run.dir=runs/demo-eagle3 $(ARGS)
+
+demo-sparse: setup ## documents longer than index_topk: sparse attention in target, capture and training
+	$(LAYER61) demo configs/tiny-sparse.toml run.dir=runs/demo-sparse $(ARGS)
 
 target: setup ## build the tiny V3.2-shaped target of CONFIG
 	$(LAYER61) target $(CONFIG) $(ARGS)

@@ -15,12 +15,14 @@ from rich.table import Table
 
 from configs import run_dir
 from configs.engine_keys import check_keys
-from configs.errors import InputError, Layer61Error
+from configs.errors import ConfigError, InputError, Layer61Error
 from configs.files import read_json, write_json
 from configs.load import freeze, load_config
 from configs.progress import console, count, log, say
 from configs.provenance import collect
 from configs.schema import RunConfig
+from configs.target import target_config
+from pipeline.capture.settings import choose_view
 from pipeline.comparison import acceptance_rows, cost_rows, table, with_interval
 
 __all__ = ["run"]
@@ -108,10 +110,14 @@ def _table(summary: dict[str, Any]) -> Table:
     drafts = {"released": summary["before"], "trained": summary["after"]}
     if (pruned := summary.get("pruned")) is not None:
         drafts[f"{pruned['draft_vocab_size']:,} tokens"] = pruned
-    places = len(summary["after"]["acceptance_per_position"])
+    shares = [draft["offline"]["acceptance_per_position"] for draft in drafts.values()]
     offline = [with_interval(draft["offline"]) for draft in drafts.values()]
-    first = [[f"length, offline, {count(places, 'draft token')}", *offline]]
-    sections = [first, acceptance_rows(drafts), cost_rows(drafts)]
+    sections = [[[f"length, offline, {count(len(shares[0]), 'draft token')}", *offline]]]
+    if summary["not_served"]:
+        rows = enumerate(zip(*shares, strict=True), 1)
+        sections.append([[f"accepted at position {k}", *(f"{x:.1%}" for x in row)] for k, row in rows])
+    else:
+        sections += [acceptance_rows(drafts), cost_rows(drafts)]
     if summary["loop_share"] is not None:
         sections.append([["answers that are loops", f"{summary['loop_share']:.2%}"]])
     stages = summary["stages"].items()
@@ -119,6 +125,16 @@ def _table(summary: dict[str, Any]) -> Table:
     peak = f"{summary['peak_rss_bytes'] / 2**30:.1f} GiB RAM"
     sections.append([["whole run", f"{summary['seconds']:.0f} s", peak]])
     return table("Draft layer: released and trained", drafts, sections)
+
+
+def _not_served(config: RunConfig) -> str:
+    """Why vLLM cannot serve the target here as it is; empty where it can."""
+    dump = config.dump.model_copy(update={"engine": "vllm", "view": "auto"})
+    try:
+        choose_view(config.model_copy(update={"dump": dump}), target_config(config.require_target()))
+    except ConfigError as error:
+        return f"vLLM has no sparse attention without a GPU, and {error.message}"
+    return ""
 
 
 def _pruned(config: RunConfig) -> tuple[int, Path] | None:
@@ -134,6 +150,7 @@ def run(files: Sequence[str], overrides: Sequence[str], *, dry_run: bool = False
     """Target, dump, train, export, evaluate, verify; then `RUN/summary.json` and a table.
 
     Of an EAGLE-3 draft a second export that can say a quarter of the tokens is measured beside the first.
+    What vLLM cannot serve here is not verified: the summary says why, and has no figures of a server.
 
     Args:
         files: configuration files, as on the command line.
@@ -180,8 +197,12 @@ def run(files: Sequence[str], overrides: Sequence[str], *, dry_run: bool = False
         starts["verify"] = [[f"verify.drafts={json.dumps([*config.verify.drafts, str(directory)])}"]]
     stages: dict[str, dict[str, float]] = {}
     results: dict[str, list[dict[str, Any]]] = {}
+    skipped = ""
     with PeakMemory() as memory:
         for verb, place in places.items():
+            if verb == "verify" and (skipped := _not_served(config)):
+                log("demo", f"verify is left out: {skipped}")
+                continue
             began = time.monotonic()
             results[verb] = [_stage(verb, files, [*overrides, *more]) for more in starts[verb]]
             size = _size_bytes(place) if place.is_dir() else place.stat().st_size if place.exists() else 0
@@ -190,9 +211,9 @@ def run(files: Sequence[str], overrides: Sequence[str], *, dry_run: bool = False
     # a stage that found its work done keeps the time it took to do it
     for verb, cost in stages.items():
         cost["seconds"] = max(cost["seconds"], earlier.get("stages", {}).get(verb, {}).get("seconds", 0))
-    (served,) = results["verify"]
-    figures = [served["before"], served["after"]]
-    figures += [served["drafts"][str(pruned[1])]] if pruned is not None else []
+    served: dict[str, Any] = results["verify"][0] if "verify" in results else {}
+    figures = [served.get("before", {}), served.get("after", {})]
+    figures += [served.get("drafts", {}).get(str(pruned[1]), {})] if pruned is not None else []
     keys = [
         "acceptance_length",
         "low",
@@ -204,16 +225,18 @@ def run(files: Sequence[str], overrides: Sequence[str], *, dry_run: bool = False
     keys += ["by_num_steps", "by_source", "by_length", "recommendation", "kind"]
     keys += ["parameters_read", "head_parameters_read", "bytes"]
     before, after, *third = (
-        {k: found[k] for k in keys}
+        {k: found.get(k) for k in keys}
+        | ({} if found else {"kind": config.train.draft})
         | {"offline_acceptance_length": offline["acceptance_length"]}
-        | {"offline": {k: offline[k] for k in ("acceptance_length", "low", "high")}}
+        | {"offline": {k: offline[k] for k in keys[:4]}}
         for found, offline in zip(figures, results["evaluate"], strict=True)
     )
     summary = {
         "before": before,
         "after": after,
         **({"pruned": third[0] | {"draft_vocab_size": pruned[0]}} if pruned is not None else {}),
-        "greedy": served["greedy"],
+        "greedy": served.get("greedy"),
+        "not_served": skipped,
         "stages": stages,
         "seconds": round(sum(cost["seconds"] for cost in stages.values()), 1),
         "peak_rss_bytes": max(memory.peak_bytes, earlier.get("peak_rss_bytes", 0)),
@@ -223,13 +246,12 @@ def run(files: Sequence[str], overrides: Sequence[str], *, dry_run: bool = False
     }
     write_json(folder / run_dir.SUMMARY, summary)
     console.print(_table(summary))
-    greedy = served["greedy"]
-    say(
-        f"greedy output with the draft: {greedy['equal']} of {greedy['requests']} equal to plain decoding,"
-        f" {greedy['ties']} diverge at a tie (within the target's own rounding), {greedy['different']} differ"
-    )
-    say(served["recommendation"])
-    for verb, place in places.items():
-        say(f"{verb:<9} {place}")
+    if (greedy := summary["greedy"]) is not None:
+        same = f"{greedy['equal']} of {greedy['requests']} equal to plain decoding"
+        ties = f"{greedy['ties']} diverge at a tie (within the target's own rounding)"
+        say(f"greedy output with the draft: {same}, {ties}, {greedy['different']} differ")
+        say(served["recommendation"])
+    for verb in stages:
+        say(f"{verb:<9} {places[verb]}")
     say(f"summary   {folder / run_dir.SUMMARY}")
     return 0

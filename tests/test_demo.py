@@ -42,9 +42,9 @@ SMALL = [
 ]
 
 
-def demo(root: Path) -> subprocess.CompletedProcess[str]:
+def demo(root: Path, file: str = "configs/tiny.toml") -> subprocess.CompletedProcess[str]:
     places = [f"run.dir={root / 'run'}", f"target.path={root / 'target'}"]
-    command = [sys.executable, "-m", "pipeline", "demo", "configs/tiny.toml", *places, *SMALL]
+    command = [sys.executable, "-m", "pipeline", "demo", file, *places, *SMALL]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -161,3 +161,28 @@ def test_report_is_one_page_without_links(finished):
     assert "tokens a step" in page
     assert "<script" not in page
     assert 'src="' not in page
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    root = tmp_path_factory.mktemp("demo-sparse")
+    done = demo(root, "configs/tiny-sparse.toml")
+    assert done.returncode == 0, done.stderr
+    return root, done
+
+
+def test_sparse_demo_trains_on_documents_beyond_index_topk_and_says_why_none_is_served(sparse):
+    root, done = sparse
+    summary = json.loads((root / "run" / "summary.json").read_text())
+    assert set(summary["stages"]) == {"target", "dump", "train", "evaluate", "export"}
+    for side in ("before", "after"):
+        assert summary[side]["acceptance_length"] is None
+        offline = summary[side]["offline"]
+        assert 1 + sum(offline["acceptance_per_position"]) == pytest.approx(offline["acceptance_length"])
+    assert "index_topk = 64" in summary["not_served"]
+    assert "verify is left out" in " ".join(done.stderr.split())
+    store = open_store(root / "run" / "store")
+    assert store.contract["engine"]["name"] == "transformers"
+    assert (store.length > 64).mean() > 0.5
+    draft = json.loads((root / "run" / "nextn" / "layer61.json").read_text())["draft"]
+    assert draft["attention"] == "sparse"
