@@ -353,7 +353,7 @@ def _marked(tokens: Sequence[dict[str, str]]) -> Markup:
     pieces = []
     for token in tokens:
         kind = token["kind"] if token["kind"] in KINDS else "own"
-        text = token["text"]
+        text = token["text"] or "◌"  # part of a letter that a later token completes
         if kind == "rejected":
             # white space that is struck out would not be seen
             text = text.replace("\n", "⏎").replace("\t", "⇥")
