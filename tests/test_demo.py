@@ -68,7 +68,7 @@ def test_demo_leaves_a_summary_of_every_stage(finished):
         found = summary[side]
         assert 1 <= found["acceptance_length"] <= 4
         assert 1 <= found["offline_acceptance_length"] <= 4
-        for measured in (found, found["sampled"], found["offline"], *found["by_source"], *found["by_length"]):
+        for measured in (found, found["sampled"], found["offline"], *found["by_num_steps"]):
             assert measured["low"] <= measured["acceptance_length"] <= measured["high"]
         positions = found["acceptance_per_position"]
         assert len(positions) == 3
