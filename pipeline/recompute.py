@@ -172,7 +172,7 @@ def _compare(
     error = np.concatenate(errors)
     rest = error[~np.concatenate(flipped)] if known else np.zeros(0)
     worst = int(np.argmax(medians))
-    result = {
+    result: dict[str, Any] = {
         "documents": len(places),
         "tokens": len(error),
         "captured_by": captured_by,
