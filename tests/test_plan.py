@@ -62,7 +62,9 @@ def test_a_run_holds_at_most_what_its_plan_says_and_not_much_less(targets, tmp_p
 
 def test_what_stays_of_a_bfloat16_run_and_its_checkpoints_are_as_large_as_planned(targets, tmp_path):
     more = ["train.dtype=bfloat16", "train.tokens_per_rank=512"]
-    plan, _, config = planned_and_used(targets, tmp_path / "run", 64, *more)
+    plan, live, config = planned_and_used(targets, tmp_path / "run", 64, *more)
+    # only a bound: bfloat16 is planned for a GPU, where the loss takes a gibibyte of logits at a time
+    assert live.peak <= sum(size for use, size in plan.memory_bytes.items() if use != "runtime")
     checkpoint = runs.locate(config.run.dir, "last")
     found = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
     assert found == pytest.approx(plan.checkpoint_bytes, rel=0.02)
