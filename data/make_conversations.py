@@ -456,7 +456,7 @@ def conversation(library: Library, m: Member, variant: int) -> dict[str, Any] | 
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     while sum(len(x["content"]) for x in messages) > LONGEST_CONVERSATION:
         del messages[-2:]
-    return {"id": f"{m.name}-{variant + 1}", "messages": messages}
+    return {"id": f"{m.name}-{variant + 1}", "source": m.kind, "messages": messages}
 
 
 def make() -> list[dict[str, Any]]:
