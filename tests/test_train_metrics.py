@@ -78,6 +78,14 @@ def test_operations_counted_are_those_of_the_products(tiny_checkpoint):
     assert model_flops(layer, 0, 0, 0, 10, 1) == 10 * 3 * 2 * dims.vocab_size * dims.hidden_size
     scores = dims.num_attention_heads * (dims.qk_nope_head_dim + dims.qk_rope_head_dim + dims.v_head_dim)
     assert model_flops(layer, 0, 0, 7, 0, 2) == 2 * 6 * 7 * scores
+    # sparse: every key is scored once, forward; gathered, one anchor reads no more latents than it keeps
+    index = 2 * dims.index_n_heads * dims.index_head_dim
+    assert model_flops(layer, 0, 0, 7, 0, 2, sparse=True) == pytest.approx(2 * 7 * (6 * scores + index))
+    read = dims.num_attention_heads * (2 * dims.kv_lora_rank + dims.qk_rope_head_dim)
+    few, many = (model_flops(layer, 0, 1, n, 0, 1, sparse=True, form="gather") for n in (4096, 8192))
+    assert many - few == pytest.approx(4096 * index)
+    none = model_flops(layer, 0, 1, 0, 0, 1, sparse=True, form="gather")
+    assert few - none == pytest.approx(4096 * index + 6 * dims.index_topk * read)
 
     mask = torch.tensor([0, 0, 0, 1, 1, 0, 0, 1], dtype=torch.bool)
     bounds = torch.tensor([0, 5, 8], dtype=torch.int32)

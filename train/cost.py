@@ -40,7 +40,17 @@ def work(cu_seqlens: Tensor, scored: Scored) -> Tensor:
     return torch.stack(sizes).double()
 
 
-def model_flops(layer: Layer, tokens: int, anchors: int, keys: int, predictions: int, steps: int) -> float:
+def model_flops(
+    layer: Layer,
+    tokens: int,
+    anchors: int,
+    keys: int,
+    predictions: int,
+    steps: int,
+    *,
+    sparse: bool = False,
+    form: str | None = None,
+) -> float:
     """Floating-point operations of the matrix products of an unroll and its loss, forward and backward.
 
     Args:
@@ -48,6 +58,8 @@ def model_flops(layer: Layer, tokens: int, anchors: int, keys: int, predictions:
         tokens: tokens of all documents; step 0 projects them all.
         anchors, keys, predictions: from `work`.
         steps: draft steps.
+        sparse: whether attention is; a frozen indexer scores every key that an anchor sees, forward alone.
+        form: `gather` reads the kept keys alone, as latents; any other one masks.
     """
     dims, K = layer.dims, len(layer.aux_layers)
     D, H, V = dims.hidden_size, dims.num_attention_heads, dims.vocab_size
@@ -63,7 +75,13 @@ def model_flops(layer: Layer, tokens: int, anchors: int, keys: int, predictions:
         forward += dims.n_routed_experts * D
     rest = H * dims.v_head_dim * D + forward
     layers = tokens * K * D * D + (tokens + (steps - 1) * anchors) * project + steps * anchors * rest
-    layers += steps * keys * H * (query + dims.v_head_dim)
+    if form == "gather":
+        kept = min(keys, anchors * dims.index_topk)
+        layers += steps * kept * H * (2 * dims.kv_lora_rank + dims.qk_rope_head_dim)
+    else:
+        layers += steps * keys * H * (query + dims.v_head_dim)
+    if sparse:
+        layers += steps * keys * dims.index_n_heads * dims.index_head_dim / 3
     # the teacher's logits, and the students' with the gradient of their states; of a trained head its own too
     own = layer.own_head.weight if isinstance(layer, Eagle3Layer) and layer.own_head is not None else None
     N = layer.draft_vocab_size if isinstance(layer, Eagle3Layer) else V

@@ -455,7 +455,9 @@ def _step(
     values |= {"train/lr": rate, "train/grad_norm": float(run.engine.get_global_grad_norm())}
     values |= {"data/anchor_share": anchors / tokens} | expert_load(rows_E, passes * num_steps)
     values |= laps.values()
-    return values, model_flops(draft.layer, tokens, anchors, keys, predictions, num_steps)
+    # a warm-up trains beside dense attention
+    attention = {} if settings.indexer == "warmup" else draft.attention._asdict()
+    return values, model_flops(draft.layer, tokens, anchors, keys, predictions, num_steps, **attention)
 
 
 def _count_skipped(run: _Run, batches: list[Packed], values: dict[str, Any]) -> dict[str, Any]:
