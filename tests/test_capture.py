@@ -439,14 +439,19 @@ def test_an_engine_whose_states_are_all_bad_commits_nothing(bfloat16):
     assert not part_exists(bfloat16 / "broken", "broken")
 
 
-def test_the_plugin_is_found_and_does_nothing_unless_a_capture_asks():
+def test_the_plugin_is_found_and_leaves_the_models_alone_unless_a_capture_asks():
     (entry,) = [e for e in entry_points(group="vllm.general_plugins") if e.name == "layer61"]
     assert entry.value == "pipeline.capture.plugin:register"
     code = (
-        "import sys; from pipeline.capture import plugin; plugin.register(); assert 'vllm' not in sys.modules"
+        "from pipeline.capture import plugin; plugin.register(); from vllm import ModelRegistry;"
+        "print(ModelRegistry.models['DeepseekV3ForCausalLM'].module_name)"
     )
-    environment = {k: v for k, v in os.environ.items() if k != CAPTURE_VARIABLE}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    for asked in ("0", "1"):
+        environment = os.environ | {CAPTURE_VARIABLE: asked}
+        done = subprocess.run(
+            [sys.executable, "-c", code], check=True, env=environment, capture_output=True, text=True
+        )
+        assert (done.stdout.split()[-1] == "pipeline.capture.model") == (asked == "1"), done.stdout
 
 
 def test_an_engine_that_does_not_start_names_its_log(tmp_path, tiny_checkpoint):
