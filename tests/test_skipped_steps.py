@@ -98,8 +98,8 @@ def test_gradients_that_are_not_finite_under_a_finite_loss_are_no_success(
 
     forward, calls = Draft.forward, []
 
-    def poisoned(self, batch, scored, weights_SM):
-        found = forward(self, batch, scored, weights_SM)
+    def poisoned(self, batch, scored, weights_SM, **options):
+        found = forward(self, batch, scored, weights_SM, **options)
         calls.append(self.training)
         return found._replace(loss=Poisoned.apply(found.loss)) if sum(calls) > 4 else found
 
