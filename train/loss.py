@@ -39,7 +39,7 @@ def default_chunk(vocab_size: int, device: torch.device) -> int:
     if device.type == "cuda":
         return max((1 << 28) // vocab_size // 128, 1) * 128
     # matrix products of fewer than 64 rows are slow
-    return max((1 << 17) // vocab_size, 64)
+    return max((1 << 19) // vocab_size, 64)
 
 
 def _rows(backend: str) -> Any:
