@@ -65,6 +65,11 @@ def script() -> NoReturn:
     code = main()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
+    if "deepspeed" in sys.modules:
+        # threads of a process group that are still at work would abort the interpreter's own end
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

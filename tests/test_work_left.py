@@ -208,6 +208,7 @@ def test_a_store_that_is_away_for_a_while_costs_no_document(config, engine, monk
         return commit(writer)
 
     monkeypatch.setattr(StoreWriter, "commit", unreliable)
+    monkeypatch.setattr(session, "FIRST_WAIT_S", 0.1)
     assert run(config)["captured_documents"] == COUNT
     store = open_store(config.store_path)
     assert sorted(store.uid.tolist()) == sorted(uids_of(config))
