@@ -82,7 +82,7 @@ test: setup setup-ray ## every test; no GPU needed
 	$(TESTS) $(ARGS)
 
 test-fast: setup ## the tests that start no engine
-	$(TESTS) -m "not engine" $(ARGS)
+	$(TESTS) -n 3 -m "not engine" $(ARGS)
 
 check: setup setup-ray ## lint, types and tests
 	$(BIN)/ruff format --check .
