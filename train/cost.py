@@ -74,7 +74,7 @@ def model_flops(
         forward = 3 * (dims.num_experts_per_tok + dims.n_shared_experts) * D * dims.moe_intermediate_size
         forward += dims.n_routed_experts * D
     rest = H * dims.v_head_dim * D + forward
-    layers = tokens * K * D * D + (tokens + (steps - 1) * anchors) * project + steps * anchors * rest
+    layers: float = tokens * K * D * D + (tokens + (steps - 1) * anchors) * project + steps * anchors * rest
     if form == "gather":
         kept = min(keys, anchors * dims.index_topk)
         layers += steps * kept * H * (2 * dims.kv_lora_rank + dims.qk_rope_head_dim)
