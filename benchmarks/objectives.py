@@ -36,6 +36,15 @@ from train.plan import is_frozen
 from train.trainer import learning_rate
 from train.unroll import Scored
 
+# of every training that is compared, here and in `benchmarks.sparse`
+SETTINGS = {
+    "dtype": "float32",
+    "num_steps": 3,
+    "step_decay": 1.0,
+    "tokens_per_rank": 2048,
+    "learning_rate": 2e-3,
+    "warmup_steps": 5,
+}
 # name -> (loss, unroll)
 OBJECTIVES = {
     **{loss: (loss, "served") for loss in ("kl", "ce", "lk_alpha", "lk_lambda", "tv")},
@@ -129,8 +138,6 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(OBJECTIVES), choices=list(OBJECTIVES))
     args = parser.parse_args()
     store = open_store(args.store)
-    settings = {"dtype": "float32", "num_steps": 3, "step_decay": 1.0, "tokens_per_rank": 2048}
-    settings |= {"learning_rate": 2e-3, "warmup_steps": 5}
     greedy: dict[str, list[float]] = {}
     sampled: dict[str, list[float]] = {}
     console = Console(stderr=True)
@@ -142,12 +149,12 @@ def main() -> None:
             f"{name}: {said}, acceptance length {greedy[name][-1]:.3f}, sampled {sampled[name][-1]:.3f}"
         )
 
-    base = TrainConfig.model_validate(settings)
+    base = TrainConfig.model_validate(SETTINGS)
     note("released", acceptance(Draft(load_layer(args.target), base), store, base), "not trained")
     for seed in args.seeds:
         for name in args.only:
             loss, form = OBJECTIVES[name]
-            train = TrainConfig.model_validate({**settings, "loss": loss})
+            train = TrainConfig.model_validate({**SETTINGS, "loss": loss})
             draft = (Draft if form == "served" else FastMTP)(load_layer(args.target), train)
             began = time.perf_counter()
             first, last = trained(draft, store, train, seed, args.steps)

@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.objectives import trained
+from benchmarks.objectives import SETTINGS, trained
 from configs.provenance import versions
 from configs.schema import TrainConfig
 from featurestore import FeatureStore, open_store
@@ -70,12 +70,10 @@ def main() -> None:
             found.setdefault(name, {}).setdefault(key, []).append(figures[key])
         console.print(f"{name}: {said}, " + ", ".join(f"{k} {figures[k]:.3f}" for k in FIGURES))
 
-    settings = {"dtype": "float32", "num_steps": 3, "step_decay": 1.0, "tokens_per_rank": 2048}
-    settings |= {"learning_rate": 2e-3, "warmup_steps": 5}
-    note("released", released, TrainConfig.model_validate(settings), "not trained")
+    note("released", released, TrainConfig.model_validate(SETTINGS), "not trained")
     for seed in args.seeds:
         for name, (attention, indexer) in WAYS.items():
-            train = TrainConfig.model_validate(settings | {"indexer": indexer})
+            train = TrainConfig.model_validate(SETTINGS | {"indexer": indexer})
             layer = load_layer(args.target)
             assert isinstance(layer, MTPLayer)
             began = time.perf_counter()

@@ -148,6 +148,13 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_config: TinyC
 
 
 @pytest.fixture(scope="session")
+def four_layers(tmp_path_factory: pytest.TempPathFactory, tiny_config: TinyConfig) -> Path:
+    """The same with layers enough for an EAGLE-3 draft to start from; read only."""
+    config = tiny_config.model_copy(update={"num_hidden_layers": 4})
+    return random_checkpoint(tmp_path_factory.mktemp("target") / "four", config)
+
+
+@pytest.fixture(scope="session")
 def sparse_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_config: TinyConfig) -> Path:
     """The same with as many index heads as make choices unique; keeps 64 keys, read only."""
     sizes = tiny_config.model_copy(update={"index_n_heads": 16, "index_topk": 64})

@@ -15,7 +15,6 @@ from configs import run_dir as runs
 from configs.errors import InputError
 from configs.load import load_config
 from export.checkpoint import Checkpoint
-from pipeline.tiny.write import random_checkpoint
 from tests.stores import write_store
 from tests.test_eagle3_export import KEEP, write_draft
 from train import launch
@@ -25,9 +24,8 @@ AUX = (2, 3)
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory, tiny_config):
-    config = tiny_config.model_copy(update={"num_hidden_layers": 4})
-    return random_checkpoint(tmp_path_factory.mktemp("target") / "tiny", config)
+def target(four_layers):
+    return four_layers
 
 
 @pytest.fixture(scope="module")

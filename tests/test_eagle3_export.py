@@ -18,7 +18,6 @@ from export.checkpoint import Checkpoint
 from export.eagle3 import export
 from export.keymap import eagle3_keymap
 from pipeline.speculation import require_draft
-from pipeline.tiny.write import random_checkpoint
 from train import launch
 from train.model import load_layer
 
@@ -27,9 +26,8 @@ KEEP = torch.tensor([1, *range(4, 500, 5)])
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory, tiny_config):
-    config = tiny_config.model_copy(update={"num_hidden_layers": 4})
-    return random_checkpoint(tmp_path_factory.mktemp("target") / "tiny", config)
+def target(four_layers):
+    return four_layers
 
 
 def write_draft(folder, target, **settings):

@@ -13,7 +13,6 @@ from export import draft
 from export.checkpoint import Checkpoint
 from featurestore import open_store
 from pipeline.capture.settings import check_aux_layers
-from pipeline.tiny.write import random_checkpoint
 from tests.stores import write_store
 from train import evaluate, launch
 from train.model import load_layer
@@ -24,9 +23,8 @@ AUX = (2, 3)
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory, tiny_config):
-    config = tiny_config.model_copy(update={"num_hidden_layers": 4})
-    return random_checkpoint(tmp_path_factory.mktemp("target") / "tiny", config)
+def target(four_layers):
+    return four_layers
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from train.attention import Attend
-from train.indexer import Candidates, Selection
+from train.indexer import Candidates, Selection, chunks
 
-__all__ = ["absorbed", "chunks", "gather_form", "kept_logits", "split", "stacked", "take"]
+__all__ = ["absorbed", "gather_form", "kept_logits", "split", "stacked", "take"]
 
 # numbers gathered at once, by type of device: on a CPU what its cache holds
 GATHERED = {"cpu": 1 << 20, "cuda": 1 << 25}
@@ -85,12 +85,6 @@ def _attend(
     o_AHL = p[..., :K] @ taken_AKX[..., :L] + p[..., K:] @ own_ASX[..., :L]
     P = q_AHQ.shape[-1] - (taken_AKX.shape[-1] - L)
     return torch.einsum("ahl,lhc->ahc", o_AHL, up_LHW[..., P:])
-
-
-def chunks(count: int, numbers: int, held: int) -> list[slice]:
-    """Slices of `count` rows of so many numbers each that hold about `held` numbers together."""
-    size = max(held // max(numbers, 1), 1)
-    return [slice(a, min(a + size, count)) for a in range(0, count, size)]
 
 
 class _Gather(torch.autograd.Function):

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from train.gather import GATHERED, chunks, kept_logits, split, stacked, take
-from train.indexer import HELD, Candidates, Selection, scores
+from train.gather import GATHERED, kept_logits, split, stacked, take
+from train.indexer import Candidates, Selection, chunks, scores
 
 __all__ = ["IndexLoss", "Watch", "attention_mass"]
 
@@ -71,18 +71,16 @@ class _Loss(torch.autograd.Function):
         chosen_AK: Tensor | None,
     ) -> Tensor:
         q_AHX, entries_TX, own_ASX = read
-        places_A = candidates.places_A
         total = weights_A.new_zeros(())
         grads = [torch.zeros_like(x, dtype=torch.float32) for x in (q_AHI, w_AH, k_TI, own_ASI)]
         if chosen_AK is None:
-            parts = chunks(len(q_AHI), len(candidates), HELD[k_TI.device.type])
+            parts = candidates.chunks()
         else:
             held = GATHERED[k_TI.device.type]
             parts = chunks(len(q_AHI), chosen_AK.shape[1] * entries_TX.shape[1], held)
         for c in parts:
             if chosen_AK is None:
-                seen = torch.arange(len(k_TI), device=k_TI.device) <= places_A[c, None]
-                seen = torch.cat((seen, seen.new_ones(len(seen), own_ASI.shape[1])), -1)
+                seen = candidates.seen(c)
                 p = attention_mass(q_AHX[c], entries_TX, own_ASX[c], seen, scale)
                 keys = k_TI
             else:

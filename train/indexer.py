@@ -13,7 +13,6 @@ Legend: T tokens or places, A queries, D hidden_size, Q q_lora_rank, H index hea
 candidates.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +22,17 @@ from torch.autograd.function import once_differentiable
 
 from train.dims import Dims
 
-__all__ = ["Candidates", "Index", "Indexer", "Selection", "choose", "marked", "rotary_half", "scores"]
+__all__ = [
+    "Candidates",
+    "Index",
+    "Indexer",
+    "Selection",
+    "choose",
+    "chunks",
+    "marked",
+    "rotary_half",
+    "scores",
+]
 
 # scores held at once, float32, by type of device; what orders them takes about eight times as much
 HELD = {"cpu": 1 << 20, "cuda": 1 << 23}
@@ -152,6 +161,12 @@ def choose(scores_AJ: Tensor, topk: int) -> Tensor:
     return found.masked_fill_(best == -(1 << 62), -1)
 
 
+def chunks(count: int, numbers: int, held: int) -> list[slice]:
+    """Slices of `count` rows of so many numbers each that hold about `held` numbers together."""
+    size = max(held // max(numbers, 1), 1)
+    return [slice(a, min(a + size, count)) for a in range(0, count, size)]
+
+
 class Candidates:
     """The keys that the queries of one document choose among: those of its places, and each query's own.
 
@@ -173,19 +188,22 @@ class Candidates:
         """Whether even the query with the most candidates keeps all of them."""
         return len(self) <= self.topk
 
+    def seen(self, rows: slice | Tensor) -> Tensor:
+        """Which candidates some queries see: places up to theirs, and their own; bool [c, T + own]."""
+        every = torch.arange(len(self), device=self.k_TI.device)
+        return (every <= self.places_A[rows, None]) | (every >= len(self.k_TI))
+
     def scores(self, q_AHI: Tensor, w_AH: Tensor, rows: slice) -> Tensor:
         """Scores of some queries, -inf for places they do not see, [c, T + own]; the own keys last."""
         q, w = q_AHI[rows], w_AH[rows]
-        unseen = torch.arange(len(self.k_TI), device=q.device) > self.places_A[rows, None]
+        unseen = ~self.seen(rows)[:, : len(self.k_TI)]
         found = scores(q, w, self.k_TI).masked_fill(unseen, float("-inf"))
         own = [(F.relu((q.float() * k[rows, None].float()).sum(-1)) * w).sum(-1) for k in self.own]
         return torch.cat((found, torch.stack(own, -1)), -1) if own else found
 
-    def chunks(self) -> Iterator[slice]:
+    def chunks(self) -> list[slice]:
         """Rows whose scores may be held at a time."""
-        count = max(HELD[self.k_TI.device.type] // max(len(self), 1), 1)
-        for a in range(0, len(self.places_A), count):
-            yield slice(a, min(a + count, len(self.places_A)))
+        return chunks(len(self.places_A), len(self), HELD[self.k_TI.device.type])
 
     @torch.no_grad()
     def choose(self, q_AHI: Tensor, w_AH: Tensor) -> Tensor:
@@ -195,8 +213,7 @@ class Candidates:
         """
         if self.all_kept:
             every = torch.arange(len(self), dtype=torch.int32, device=q_AHI.device)
-            seen = (every <= self.places_A[:, None]) | (every >= len(self.k_TI))
-            return every.where(seen, -1)
+            return every.where(self.seen(slice(None)), -1)
         best = [choose(self.scores(q_AHI, w_AH, rows), self.topk).int() for rows in self.chunks()]
         return torch.cat(best)
 

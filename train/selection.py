@@ -87,9 +87,7 @@ class Choices:
             rows = torch.arange(part.start, part.stop, device=q_AHX.device)
             more = candidates.places_A[rows] + 1 + step > selection.topk
             rows = rows[more & self.valid_SA[step, rows]]
-            places = torch.arange(len(candidates.k_TI), device=rows.device)
-            seen = places <= candidates.places_A[rows, None]
-            seen = torch.cat((seen, seen.new_ones(len(rows), own_ASX.shape[1])), -1)
+            seen = candidates.seen(rows)
             read = entries_TX[: len(candidates.k_TI)]
             p = attention_mass(q_AHX[rows], read, own_ASX[rows], seen, scale)
             kept = marked(chosen[rows], len(candidates))
