@@ -1,14 +1,16 @@
 """Offline acceptance beside vLLM's, on the same text: `python -m benchmarks.acceptance [--draft DIR]`.
 
-One engine answers the held-out conversations, every turn of them, with 1 to K draft tokens a step, greedy and
-sampled. What it wrote is captured as it stands, and the offline evaluator says from the stored states how
-much of the drafts it would have accepted; verify's estimates from the numbers it serves stand beside both.
+One engine answers the held-out conversations, every turn of them, with 1 to K draft tokens a step, greedy
+and, twice, sampled. What it wrote is captured as it stands, and the offline evaluator says from the stored
+states how much of the drafts it would have accepted; verify's estimates from the numbers it serves stand
+beside both.
 
 Prints a table and, as its last line, one JSON object; fails where the two differ by more than the bound, or
 where one lies outside the other's interval.
 """
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -41,6 +43,7 @@ from train.model import load_layer
 BOUNDS = {0: 0.03, 1: 0.05}  # by temperature
 LENGTH, ANSWER, SEQUENCES = 512, 256, 128
 HELD_OUT = 0.08  # of the conversations; the demo's target was not trained on these
+SAMPLES = 2  # sampled answers are shorter
 SERVED = 3  # what verify serves beside the greatest number
 
 
@@ -69,7 +72,7 @@ def serve(
     engine = engine_arguments(job, config, 1, {"max_num_seqs": SEQUENCES}) | {"model": str(views[0])}
     engine |= speculating(views[1] if draft else None, num_steps_max)
     rounds = list(range(1, num_steps_max + 1))
-    asks = {"rounds": rounds, "temperature": 1, "top_p": 1, "marked": 0, "logits": None}
+    asks = {"rounds": rounds, "temperature": 1, "top_p": 1, "samples": SAMPLES, "marked": 0, "logits": None}
     return measure("draft", {**job, **asks, "engine": engine, "log": str(folder / "engine.log")})
 
 
@@ -88,7 +91,7 @@ class Text:
     def add(self, outputs: list[list[int]]) -> list[int]:
         """Uids of the prompts with these answers."""
         found = []
-        for prompt, answer in zip(self._asked, outputs, strict=True):
+        for prompt, answer in zip(itertools.cycle(self._asked), outputs, strict=False):
             key = (len(prompt), *prompt, *answer)
             if key not in self._uids:
                 uid = self._uids[key] = len(self._uids) + 1 << 32
@@ -151,11 +154,11 @@ def compare(
     }
     store = capture(target, prompts, text.documents, folder / "capture")
     for temperature, kind in kinds.items():
-        accepted = {r["num_steps"]: r[kind]["accepted"] for r in served["rounds"]}
-        counts = served_counts(accepted, args.num_steps)
-        few = {k: accepted[k] for k in {min(SERVED, args.num_steps), args.num_steps}}
+        answers = {r["num_steps"]: r[kind] for r in served["rounds"]}
+        counts = served_counts(answers, args.num_steps)
+        few = {k: answers[k] for k in {min(SERVED, args.num_steps), args.num_steps}}
         tokens = np.array([[len(a) for a in r[kind]["outputs"]] for r in served["rounds"]])
-        labels = [tokens[0], [""] * len(asked), [1] * len(asked)]
+        labels = [tokens[0], [""] * tokens.shape[1], [1] * tokens.shape[1]]
         rows, estimated = (
             tables(c[:, None], [temperature], *labels)["by_num_steps"]
             for c in (counts, served_counts(few, args.num_steps))
@@ -174,7 +177,7 @@ def compare(
                     "num_steps": drafts,
                     "temperature": temperature,
                     "tokens": int(tokens[drafts - 1].sum()),
-                    "documents": len(asked),
+                    "documents": tokens.shape[1],
                     "vllm": {k: row[k] for k in ("acceptance_length", "low", "high")},
                     "offline": {k: ours[k] for k in ("acceptance_length", "low", "high")},
                     "difference": difference,

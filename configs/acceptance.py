@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["TRIED", "acceptance_length", "length_bucket", "share_accepted", "tables"]
+__all__ = ["ACCEPTED", "TRIED", "acceptance_length", "length_bucket", "share_accepted", "tables"]
 
 RESAMPLES = 1000
 # bounds of the middle 95 %

@@ -36,16 +36,17 @@ def measure(name: str, job: dict[str, Any]) -> dict[str, Any]:
         job: `engine` (arguments of vLLM's LLM), `prompts` (token ids), `max_tokens` of each answer,
             `stop_token_ids`, `log` (file of the engine's output), `rounds` (numbers of draft tokens, all
             prompts answered with each; [0] without drafts), `temperature` and `top_p` (where the temperature
-            is not 0, every round answers all prompts sampled as well), `marked` (prompts whose drafts are
-            kept), `logits` (None, or the file that keeps the target's logits and makes the engine measure its
-            noise; the engine must return raw logits).
+            is not 0, every round answers all prompts sampled as well), `samples` (how often; once by
+            default), `marked` (prompts whose drafts are kept), `logits` (None, or the file that keeps the
+            target's logits and makes the engine measure its noise; the engine must return raw logits).
 
     Returns:
         `start_seconds`, `dtype`; `rounds`, in the order asked for: `num_steps`, `seconds`, and `greedy` and
-        `sampled` (None at temperature 0), each with `outputs` (token ids of each answer), and with drafts
-        `accepted` (of each answer, the draft tokens accepted in each step) and `drafts` (of the first
-        `marked` answers, the draft tokens of each step); `step_seconds`: by number of draft tokens and number
-        of requests, as strings, the median time of a step; with `logits` the `noise`, as `greedy.noise`.
+        `sampled` (None at temperature 0; all prompts, then all again), each with `outputs` (token ids of each
+        answer), and with drafts `accepted` (of each answer, the draft tokens accepted in each step) and
+        `drafts` (of the first `marked` answers, the draft tokens of each step); `step_seconds`: by number of
+        draft tokens and number of requests, as strings, the median time of a step; with `logits` the `noise`,
+        as `greedy.noise`.
 
     Raises:
         Layer61Error: the engine failed; names its log.
@@ -57,7 +58,7 @@ def measure(name: str, job: dict[str, Any]) -> dict[str, Any]:
     process = child.start(_answer, (job, theirs), f"layer61-{name}", environment)
     theirs.close()
     try:
-        answers = len(job["rounds"]) * len(job["prompts"]) * (2 if job["temperature"] else 1)
+        answers = len(job["rounds"]) * len(job["prompts"]) * len(_temperatures(job))
         with (
             task(f"verify: {name}", answers, "answers") as progress,
             contextlib.suppress(EOFError),
@@ -102,7 +103,7 @@ def _answer(job: dict[str, Any], connection: Connection) -> None:
     llm = LLM(**job["engine"])
     prompts = [TokensPrompt(prompt_token_ids=ids) for ids in job["prompts"]]
 
-    temperatures = [0, job["temperature"]] if job["temperature"] else [0]
+    temperatures = _temperatures(job)
 
     def round_of(drafts: int) -> tuple[dict[str, Any], list[Any]]:
         """Answer all prompts, greedy and sampled at once."""
@@ -111,13 +112,13 @@ def _answer(job: dict[str, Any], connection: Connection) -> None:
                 temperature=temperature,
                 top_p=job["top_p"] if temperature else 1,
                 # of its own, so that another run draws the same but for rounding
-                seed=number if temperature else None,
+                seed=(again - 1) * len(prompts) + number if again else None,
                 max_tokens=max_tokens,
                 stop_token_ids=job["stop_token_ids"],
                 detokenize=False,
                 logprobs=KEPT_LOGITS if job["logits"] else None,
             )
-            for temperature in temperatures
+            for again, temperature in enumerate(temperatures)
             for number, max_tokens in enumerate(job["max_tokens"])
         ]
         began = time.monotonic()
@@ -125,8 +126,7 @@ def _answer(job: dict[str, Any], connection: Connection) -> None:
             found = llm.generate(prompts * len(temperatures), sampling, use_tqdm=Report)
         answers = [request.outputs[0] for request in found]
         kinds = []
-        for first in range(0, len(answers), len(prompts)):
-            own = answers[first : first + len(prompts)]
+        for own in (answers[: len(prompts)], answers[len(prompts) :]):
             kind: dict[str, Any] = {"outputs": [list(answer.token_ids) for answer in own]}
             if drafts:
                 kind["accepted"] = [
@@ -135,7 +135,7 @@ def _answer(job: dict[str, Any], connection: Connection) -> None:
             kinds.append(kind)
         kinds[0]["drafts"] = seen
         result = {"num_steps": drafts, "seconds": round(time.monotonic() - began, 2), "greedy": kinds[0]}
-        return result | {"sampled": kinds[1] if len(kinds) > 1 else None}, answers
+        return result | {"sampled": kinds[1] if job["temperature"] else None}, answers
 
     result: dict[str, Any] = {"start_seconds": round(time.monotonic() - started, 2), "rounds": []}
     result["dtype"] = str(llm.llm_engine.model_config.dtype).removeprefix("torch.")
@@ -149,6 +149,11 @@ def _answer(job: dict[str, Any], connection: Connection) -> None:
     result["step_seconds"] = {str(d): _step_seconds(llm, job, d) for d in job["rounds"]}
     connection.send(("result", result))
     connection.close()
+
+
+def _temperatures(job: dict[str, Any]) -> list[float]:
+    """One of each time that all prompts are answered in a round; greedy first."""
+    return [0, *[job["temperature"]] * (job.get("samples", 1) if job["temperature"] else 0)]
 
 
 @contextlib.contextmanager

@@ -27,32 +27,40 @@ __all__ = ["recommend", "served_counts", "speedups"]
 OWN, DRAFTED, BONUS = range(3)
 
 
-def served_counts(rounds: Mapping[int, Sequence[Sequence[int]]], num_steps_max: int) -> np.ndarray:
+def served_counts(rounds: Mapping[int, Mapping[str, Any]], num_steps_max: int) -> np.ndarray:
     """Counts of each answer at every number of draft tokens, for `configs.acceptance.tables`.
 
+    vLLM goes on with a draft behind the end of an answer, and its own figures count what it accepts there,
+    which nobody gets. Here a draft counts for the steps that lie in the answer, as in the offline evaluator.
+
     Args:
-        rounds: by the number of draft tokens, of each answer the draft tokens accepted in each step; the
-            greatest is at least `num_steps_max`.
+        rounds: by the number of draft tokens, `outputs` and `accepted` of each answer, as
+            `pipeline.measure.measure` returns them; the greatest is at least `num_steps_max`.
         num_steps_max: K.
 
     Returns:
         float64 [N, K, 2, S]: counted where that number was served, else from the next greater one.
     """
-    documents = len(next(iter(rounds.values())))
+    documents = len(next(iter(rounds.values()))["outputs"])
     counts = np.zeros((documents, num_steps_max, 2, num_steps_max))
     for drafts in range(1, num_steps_max + 1):
         served = min(k for k in rounds if k >= drafts)
-        for document, accepted in enumerate(rounds[served]):
-            found = np.array(accepted if served == drafts else _walk(accepted, served, drafts), np.int64)
+        answers = zip(rounds[served]["outputs"], rounds[served]["accepted"], strict=True)
+        for document, (output, accepted) in enumerate(answers):
+            # the first token comes of reading the prompt
+            length = len(output) - 1
+            found = np.array(accepted if served == drafts else _walk(accepted, served, drafts, length), int)
+            left = length - np.cumsum(found + 1) + found + 1
+            ahead = np.arange(drafts)
             # step s is tried where all before it were accepted
-            reached = (found[:, None] >= np.arange(drafts + 1)).sum(0)
-            counts[document, drafts - 1, TRIED, :drafts] = reached[:-1]
-            counts[document, drafts - 1, ACCEPTED, :drafts] = reached[1:]
+            tried = (ahead < left[:, None]) & (ahead <= found[:, None])
+            counts[document, drafts - 1, TRIED, :drafts] = tried.sum(0)
+            counts[document, drafts - 1, ACCEPTED, :drafts] = (tried & (ahead < found[:, None])).sum(0)
     return counts
 
 
-def _walk(accepted: Sequence[int], served: int, drafts: int) -> list[int]:
-    """Draft tokens accepted in each step with fewer of them than were served."""
+def _walk(accepted: Sequence[int], served: int, drafts: int, length: int) -> list[int]:
+    """Draft tokens accepted in each step with fewer of them than were served, in an answer so long."""
     kinds = []
     for n in accepted:
         kinds += [DRAFTED] * n + [BONUS if n == served else OWN]
@@ -60,6 +68,7 @@ def _walk(accepted: Sequence[int], served: int, drafts: int) -> list[int]:
         kind == DRAFTED or (kind == BONUS and i + 1 < len(kinds) and kinds[i + 1] == DRAFTED)
         for i, kind in enumerate(kinds)
     ]
+    taken = taken[:length]
     found, at = [], 0
     while at < len(taken):
         n = 0

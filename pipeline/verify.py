@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from configs import run_dir
-from configs.acceptance import tables
+from configs.acceptance import ACCEPTED, TRIED, acceptance_length, share_accepted, tables
 from configs.contract import target_contract
 from configs.errors import InputError
 from configs.files import read_json, sha256_file, sha256_json, write_json
@@ -245,7 +245,7 @@ def _figures(
     K = first["num_steps"]
     kinds = {0: "greedy"} | ({temperature: "sampled"} if first["sampled"] else {})
     counts = [
-        served_counts({r["num_steps"]: r[kind]["accepted"] for r in (first, last)}, last["num_steps"])
+        served_counts({r["num_steps"]: r[kind] for r in (first, last)}, last["num_steps"])
         for kind in kinds.values()
     ]
     plain_outputs, outputs = plain["rounds"][0]["greedy"]["outputs"], first["greedy"]["outputs"]
@@ -262,10 +262,11 @@ def _figures(
     rows = [row for row in lists["by_num_steps"] if row["temperature"] == served_at]
     speedup = speedups(rows, plain["step_seconds"]["0"], measured["step_seconds"])
     return {
-        **_acceptance(first["greedy"], K),
+        **_acceptance(counts[0], first["greedy"], K),
         **bounds[0],
         "start_seconds": measured["start_seconds"],
-        "sampled": sampled and {"temperature": temperature, **_acceptance(sampled, K), **bounds[temperature]},
+        "sampled": sampled
+        and {"temperature": temperature, **_acceptance(counts[1], sampled, K), **bounds[temperature]},
         "greedy": compare(
             plain_outputs,
             outputs,
@@ -348,21 +349,20 @@ def _draft_identity(draft: Checkpoint) -> Any:
     return {file: sha256_file(draft.directory / file) for file in ("config.json", *files)}
 
 
-def _acceptance(result: dict[str, Any], num_speculative_tokens: int) -> dict[str, Any]:
-    """Figures of one speculative run from the engine's counts."""
-    accepted = np.array([n for answer in result["accepted"] for n in answer], np.int64)
-    drafts = len(accepted)
+def _acceptance(counts: np.ndarray, result: dict[str, Any], num_speculative_tokens: int) -> dict[str, Any]:
+    """Figures of one speculative run from what `served_counts` says of it, [N, K, 2, S]."""
+    served = counts.sum(0)[num_speculative_tokens - 1, :, :num_speculative_tokens]
+    drafts = int(served[TRIED, 0])
     if not drafts:
         raise InputError(
             "vLLM drafted nothing: every answer ended within one token",
             "raise verify.max_tokens or use other conversations",
         )
-    per_position = [int((accepted > step).sum()) for step in range(num_speculative_tokens)]
     return {
-        "acceptance_length": 1 + sum(per_position) / drafts,
-        "acceptance_per_position": [a / drafts for a in per_position],
+        "acceptance_length": float(acceptance_length(served)),
+        "acceptance_per_position": share_accepted(served).tolist(),
         "num_drafts": drafts,
-        "num_accepted_per_position": per_position,
+        "num_accepted_per_position": served[ACCEPTED].astype(int).tolist(),
         "num_speculative_tokens": num_speculative_tokens,
         "num_output_tokens": sum(map(len, result["outputs"])),
     }
