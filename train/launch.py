@@ -105,10 +105,19 @@ def _run_ranks(config: RunConfig, folder: Path) -> dict[str, Any]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     failed = [(rank, code) for rank, code in codes if code]
-    if caught and {code for _, code in failed} <= {128 + caught[0]}:
+    described = _described(folder, failed)
+    # an error with a traceback is most often that of a rank waiting for one that is gone
+    known = next((found for found in described if not found["trace"]), None)
+    if known:
+        raise revive(known)
+    if caught and (not failed or 128 + caught[0] in dict(failed).values()):
         _end_by(caught[0])
     if failed:
-        raise _explain(folder, failed)
+        if described:
+            sys.stderr.write(described[0]["trace"])
+        rank, code = failed[0]
+        how = f"was killed by signal {code - 128}" if code > 128 else f"ended with exit code {code}"
+        raise Layer61Error(f"rank {rank} {how}", "the same command continues from the last checkpoint")
     return read_json(folder / "result.json")
 
 
@@ -140,21 +149,13 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> list[tuple[int, int]]:
     return ended
 
 
-def _explain(folder: Path, failed: list[tuple[int, int]]) -> Layer61Error:
-    """The typed error of a rank; without one, how the first rank ended, its traceback printed."""
+def _described(folder: Path, failed: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    """The errors that ranks have written down, in the order in which they ended."""
     described = []
     for rank, _ in failed:
         with contextlib.suppress(OSError, ValueError):
             described.append(read_json(folder / f"error.{rank}.json"))
-    # an error with a traceback is most often that of a rank waiting for one that is gone
-    known = next((found for found in described if not found["trace"]), None)
-    if known:
-        return revive(known)
-    rank, code = failed[0]
-    if described:
-        sys.stderr.write(described[0]["trace"])
-    how = f"was killed by signal {code - 128}" if code > 128 else f"ended with exit code {code}"
-    return Layer61Error(f"rank {rank} {how}", "the same command continues from the last checkpoint")
+    return described
 
 
 def _die_with(parent: int) -> None:
