@@ -16,6 +16,7 @@ Legend: N documents, T temperatures, K numbers of draft tokens, S draft steps.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -118,20 +119,36 @@ def recommend(name: str, rows: Sequence[Mapping[str, Any]], temperature: float) 
         rows: from `speedups`.
         temperature: theirs.
     """
+    draft = f"the {Path(name).name} draft"
     if not rows:
         return (
-            f"No step of {name} was timed: take the number of draft tokens that `bench-serve` finds fastest."
+            f"No step of {draft} was timed: take the number of draft tokens that `bench-serve` finds fastest."
         )
     by_number: dict[int, dict[int, float]] = {}
     for row in rows:
         by_number.setdefault(row["num_steps"], {})[row["concurrency"]] = row["speedup"]
     # of the speed-ups at all concurrencies the geometric mean
     best = max(by_number, key=lambda k: float(np.mean(np.log(list(by_number[k].values())))))
-    at = " and ".join(f"{speedup:.2f} x at {c}" for c, speedup in by_number[best].items())
-    said = f"the tokens a second of the target alone, {at} requests at a time, at temperature {temperature:g}"
-    tokens = f"{best} draft token{'s' if best > 1 else ''}"
-    if max(by_number[best].values()) <= 1:
+    found, in_what = by_number[best], f"(tokens a second at temperature {temperature:g})"
+    if max(found.values()) <= 1:
+        slower = _each({c: f"{1 - speedup:.0%}" for c, speedup in found.items()}, " slower than")
         return (
-            f"Serve without {name} on this machine: its best, {tokens} a step, is expected to reach {said}."
+            f"Serve without {draft} on this machine, where no number of draft tokens pays: with {best} a"
+            f" step, its best, it is expected to be {slower} {in_what}."
         )
-    return f"Serve {name} with {tokens} a step: expected {said}."
+    tokens = f"{best} draft token{'s' if best > 1 else ''}"
+    times = _each({c: f"{speedup:.2f} times" for c, speedup in found.items()}, " as fast as")
+    behind = [f"{c:,}" for c, speedup in found.items() if speedup < 1]
+    alone = f"; with {' and '.join(behind)} the target alone is faster" if behind else ""
+    return f"Serve {draft} with {tokens} a step: it is expected to be {times} {in_what}{alone}."
+
+
+def _each(values: Mapping[int, str], compared: str) -> str:
+    """A value for each number of requests at a time, in words."""
+    (fewest, first), *others = values.items()
+    requests = f"{fewest:,} request{'s' if fewest > 1 else ''} at a time"
+    said = [
+        f"{first}{compared} the target alone with {requests}",
+        *(f"{value} with {c:,}" for c, value in others),
+    ]
+    return " and ".join(filter(None, [", ".join(said[:-1]), said[-1]]))

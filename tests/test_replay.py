@@ -56,9 +56,19 @@ def test_speed_follows_from_acceptance_and_the_measured_steps():
     assert of[3, 4] == pytest.approx(2.4 * 2 / 4)
     # 16 at a time were not timed with drafts
     assert {c for _, c in of} == {1, 4}
-    said = recommend("trained", found, 0)
-    assert said.startswith("Serve trained with 2 draft tokens a step: expected")
-    assert "1.33 x at 1 and 1.33 x at 4" in said
-    slow = speedups(rows(1.5, 2.0), {"1": 1.0}, {"2": {"1": 4.0}})
-    assert "Serve without trained" in recommend("trained", slow, 0)
+    assert recommend("trained", found, 0) == (
+        "Serve the trained draft with 2 draft tokens a step: it is expected to be 1.33 times as fast as the"
+        " target alone with 1 request at a time and 1.33 times with 4 (tokens a second at temperature 0)."
+    )
     assert "bench-serve" in recommend("trained", [], 0)
+
+
+def test_where_no_draft_pays_that_is_said_and_by_how_much():
+    slow = speedups(rows(1.5, 2.0), {"1": 1.0, "4": 1.5}, {"2": {"1": 4.0, "4": 6.0}})
+    assert recommend("/runs/mine/nextn", slow, 1.0) == (
+        "Serve without the nextn draft on this machine, where no number of draft tokens pays: with 1 a step,"
+        " its best, it is expected to be 40% slower than the target alone with 1 request at a time and 40%"
+        " with 4 (tokens a second at temperature 1)."
+    )
+    mixed = speedups(rows(1.5), {"1": 1.0, "4": 1.0, "16": 1.0}, {"1": {"1": 1.2, "4": 1.2, "16": 2.0}})
+    assert recommend("trained", mixed, 0).endswith("; with 16 the target alone is faster.")
