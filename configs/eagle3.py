@@ -10,7 +10,16 @@ from configs.target import target_config
 if TYPE_CHECKING:  # what only reads a draft's config needs none of the settings' packages
     from configs.schema import RunConfig
 
-__all__ = ["ARCHITECTURE", "IDS", "draft_config", "new_config", "recognise", "refuse_layers", "usual_layers"]
+__all__ = [
+    "ARCHITECTURE",
+    "IDS",
+    "architectures",
+    "draft_config",
+    "new_config",
+    "recognise",
+    "refuse_layers",
+    "usual_layers",
+]
 
 ARCHITECTURE = "Eagle3DeepseekV2ForCausalLM"
 IDS = "eagle_aux_hidden_state_layer_ids"
@@ -136,6 +145,21 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_theta": config.get("rope_theta"), **found, "rope_type": kind or older}
 
 
+def architectures(config: Mapping[str, Any], where: str) -> list[str]:
+    """Names of the classes that a config.json asks for; none where it says nothing.
+
+    Raises:
+        InputError: they are no list of names.
+    """
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(
+            f"{where} has architectures = {names!r}, expected a list of names",
+            f'write it as a list, ["{ARCHITECTURE}"] for an EAGLE-3 draft',
+        )
+    return names
+
+
 def recognise(directory: Path | str, target: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a directory of trained tensors says it is.
 
@@ -147,14 +171,15 @@ def recognise(directory: Path | str, target: Mapping[str, Any]) -> dict[str, Any
         The config.json of an EAGLE-3 draft; None for an MTP layer, which has the target's or none.
 
     Raises:
-        InputError: it is a draft of another architecture, or of a target with other sizes or fewer layers.
+        InputError: it is a draft of another architecture, or of a target with other sizes or fewer layers,
+            or one of the two does not say its architecture as a list.
     """
     if not (Path(directory) / "config.json").is_file():
         return None
     config = target_config(directory)
-    names = config.get("architectures") or []
+    names = architectures(config, f"{directory}/config.json")
     if ARCHITECTURE not in names:
-        if set(names) & {*MTP_ARCHITECTURES, *(target.get("architectures") or [])}:
+        if set(names) & {*MTP_ARCHITECTURES, *architectures(target, "the target's config.json")}:
             return None
         raise InputError(
             f"{directory}/config.json says it is {', '.join(names) or 'nothing'}, expected"

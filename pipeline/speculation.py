@@ -7,7 +7,7 @@ import torch
 
 from configs import run_dir
 from configs.contract import require_same, target_contract
-from configs.eagle3 import ARCHITECTURE, recognise
+from configs.eagle3 import ARCHITECTURE, architectures, recognise
 from configs.errors import InputError
 from configs.progress import log
 from configs.schema import RunConfig
@@ -34,8 +34,8 @@ def view_of(view: Literal["auto", "native", "v3"]) -> Literal["native", "v3"]:
 
 
 def is_eagle3(draft: Path) -> bool:
-    """Whether a draft directory holds an EAGLE-3 layer, by its architecture."""
-    return ARCHITECTURE in (Checkpoint(draft).config.get("architectures") or [])
+    """Whether a draft directory holds an EAGLE-3 layer, by its architecture; raises as `architectures`."""
+    return ARCHITECTURE in architectures(Checkpoint(draft).config, f"{draft}/config.json")
 
 
 def draft_path(config: RunConfig, draft: str) -> Path | None:

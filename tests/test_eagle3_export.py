@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from configs.eagle3 import draft_config
+from configs.eagle3 import ARCHITECTURE, draft_config
 from configs.errors import ConfigError, InputError
 from configs.files import write_json
 from configs.load import load_config
@@ -195,3 +195,7 @@ def test_a_draft_of_another_architecture_is_not_taken_for_an_mtp_layer(tmp_path,
     write_json(weights / "config.json", config | {"architectures": ["LlamaForCausalLMEagle3"]})
     with pytest.raises(InputError, match="says it is LlamaForCausalLMEagle3"):
         require_draft(Checkpoint(target), weights, "v3", 1)
+    for names in ("DeepseekV32ForCausalLM", ARCHITECTURE, 5):
+        write_json(weights / "config.json", config | {"architectures": names})
+        with pytest.raises(InputError, match=r"has architectures = .*, expected a list of names"):
+            require_draft(Checkpoint(target), weights, "v3", 1)
