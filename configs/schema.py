@@ -457,6 +457,15 @@ class RunConfig(Section):
                     f"dump.vllm.{name}: an engine of a dump {why}; give it GPUs with"
                     " dump.tensor_parallel_size, and start several with dump.worker or dump.ray"
                 )
+        lists: dict[str, tuple[Any, ...]] = {
+            "verify.drafts": self.verify.drafts,
+            "serve.bench_drafts": self.serve.bench_drafts,
+            "serve.bench_concurrency": self.serve.bench_concurrency,
+        }
+        for key, named in lists.items():
+            twice = next((name for n, name in enumerate(named) if name in named[:n]), None)
+            if twice is not None:
+                raise ValueError(f"{key} names {twice!r} twice, and each is measured once")
         for table, owned in OWNED.items():
             section, key = table.split(".")
             value = getattr(getattr(self, section), key)

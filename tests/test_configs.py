@@ -58,6 +58,8 @@ def test_unknown_key_names_the_nearest_known_one(override, expected):
         ("train.num_steps=0", ["train.num_steps", "0"]),
         ("train.loss=mse", ["train.loss", "mse"]),
         ("dump.worker=3/2", ["dump.worker", "3/2"]),
+        ('verify.drafts=["trained","a","a"]', ["verify.drafts", "'a' twice"]),
+        ('serve.bench_drafts=["none","trained","none"]', ["serve.bench_drafts", "'none' twice"]),
         ("dump.worker=x", ["dump.worker", "x"]),
         ("prompts.max_answer_tokens=4096", ["max_answer_tokens", "max_length"]),
         ("train.learning_rate=nan", ["train.learning_rate"]),
