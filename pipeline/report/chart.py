@@ -90,6 +90,8 @@ def _marker(style: str, x: float, y: float, says: str) -> Markup:
         "s2": '<path class="point {c}" d="M{x:.1f} {y:.1f}m-3 -3h6v6h-6z">',
         "s3": '<path class="point {c}" d="M{x:.1f} {y:.1f}m0 -4.2l4.2 4.2l-4.2 4.2l-4.2 -4.2z">',
         "s4": '<path class="point {c}" d="M{x:.1f} {y:.1f}m0 -4l3.8 6.6h-7.6z">',
+        "s5": '<path class="point {c}" d="M{x:.1f} {y:.1f}m0 4l3.8 -6.6h-7.6z">',
+        "s6": '<path class="point hollow {c}" d="M{x:.1f} {y:.1f}m-3 -3h6v6h-6z">',
     }
     shape = Markup(shapes.get(style, shapes["s1"])).format(c=style, x=x, y=y)
     return shape + Markup("<title>{}</title></{}>").format(says, "circle" if "<circle" in shape else "path")

@@ -4,7 +4,7 @@ import contextlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -161,11 +161,19 @@ def _verification(found: dict[str, Any]) -> dict[str, Any]:
         drafts = {"released": found["before"], "trained": found["after"]}
     for sample in found.get("samples") or []:
         str(sample["prompt"]), *(t["text"] + t["kind"] for one in sample["drafts"].values() for t in one)
-    # of a draft that is a directory, its name; where two have the same, all of it
-    short = [last_part(name) for name in drafts]
-    names = {name: last_part(name) if short.count(last_part(name)) == 1 else name for name in drafts}
+    names = _short_names(drafts)
     made = {names[name]: _draft(names[name], one) for name, one in drafts.items() if one is not None}
-    return found | {"drafts": made}
+    samples = [
+        sample | {"drafts": {names.get(name, name): tokens for name, tokens in sample["drafts"].items()}}
+        for sample in found.get("samples") or []
+    ]
+    return found | {"drafts": made, "samples": samples}
+
+
+def _short_names(drafts: Iterable[str]) -> dict[str, str]:
+    """Of a draft that is a directory, its name; where two have the same, all of it."""
+    short = Counter(last_part(name) for name in set(drafts))
+    return {name: last_part(name) if short[last_part(name)] == 1 else name for name in drafts}
 
 
 def _summary(found: dict[str, Any]) -> dict[str, Any]:
@@ -183,8 +191,8 @@ def _serving(found: dict[str, Any]) -> dict[str, Any]:
     for row in found["runs"]:
         for key in ("output_tokens_per_second", "mean_ms_per_token", "ratio", "concurrency"):
             float(row[key])
-        str(row["draft"])
-    return found
+    names = _short_names([row["draft"] for row in found["runs"]])
+    return found | {"runs": [row | {"draft": names[row["draft"]]} for row in found["runs"]]}
 
 
 def _kind(reason: str) -> str:

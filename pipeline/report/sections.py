@@ -85,7 +85,8 @@ def head(results: Results) -> Markup:
             f"{old.length:.2f}", f"{new.length:.2f}", "" if gain >= 0 else " less", f"{gain:+.0%}"
         )
         spans = f" Intervals: {_span(old)} before, {_span(new)} after." if new.low is not None else ""
-        which = "released layer before, trained layer after"
+        ours = after.name in (AFTER, "best", "last")
+        which = f"released layer before, {'trained draft' if ours else after.name} after"
     else:
         title, which, spans = Markup("{} tokens a step").format(_span(new)), f"draft: {after.name}", ""
     on = _on_what(results, after, new)
@@ -133,7 +134,7 @@ def _highlights(results: Results, before: Draft | None, after: Draft) -> list[tu
             (
                 "unchanged" if differ == 0 else f"{differ} differ",
                 "greedy output with the draft",
-                f"{greedy['equal']} of {greedy['requests']} equal, {greedy['ties']} part at a tie",
+                f"{greedy['equal']} of {greedy['requests']} equal, {greedy['ties']} diverge at a tie",
             )
         )
     runs = results.serving.get("runs", [])
@@ -620,7 +621,7 @@ def stages(results: Results) -> Markup:
     ]
     rows.append(["all", _duration(total), None])
     if peak := results.summary.get("peak_rss_bytes"):
-        rows.append(["most memory at a time", None, _size(peak)])
+        note = f"At most {_size(peak)} of memory at a time, all processes together."
     return (
         (paragraph(note, "note") if note else Markup(""))
         + _figures(
