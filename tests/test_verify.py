@@ -322,6 +322,8 @@ def test_a_damaged_draft_is_seen_and_costs_one_engine(verified, tmp_path):
     result, config = verified
     folder = config.run.dir / "verify"
     before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
+    # an engine for the target alone, one for each of two drafts; each writes a log as it starts
+    assert len([p for p in before if p.suffix == ".log"]) == 3
     damaged = [
         str(damaged_draft(config.export_dir, config.target.path, tmp_path, kind))
         for kind in ("expert", "norm")
