@@ -1,5 +1,6 @@
 """An engine that makes up states, in this process: everything of a dump is real but the model."""
 
+import time
 from collections import deque
 from typing import Any, ClassVar
 
@@ -73,12 +74,10 @@ class GeneratedCapture:
         if isinstance(part, CaptureError):
             raise part
         writers = self._writers
-        while (state := writers.state(part.name, len(part.documents))) is None:
-            pass
+        state = self._state(part)
         rejected = part.rejected | state["bad"] | state["looping"]
         writers.commit(part.name, rejected)
-        while (state := writers.state(part.name, len(part.documents))) is None:
-            pass
+        state = self._state(part)
         writers.close(part.name)
         if state["error"]:
             return Refused(part.name, state["error"])
@@ -91,6 +90,13 @@ class GeneratedCapture:
             bad=len(state["bad"]),
             loops=state["loops"],
         )
+
+    def _state(self, part: Part) -> dict[str, Any]:
+        """How a part stands, once its writers are through."""
+        while (state := self._writers.state(part.name, len(part.documents))) is None:
+            # one that never pauses takes the cores that the writers want
+            time.sleep(0.001)
+        return state
 
     def close(self, patience_s: float = 0) -> None:
         """Nothing to end."""
