@@ -102,9 +102,9 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s of the best of several large square products."""
-    size = 8192 if device.type == "cuda" else 2048
+def matrix_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
+    """TFLOP/s of the best of several square products, of large ones where no size is given."""
+    size = size or (8192 if device.type == "cuda" else 2048)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = min(seconds(lambda: a @ b, device) for _ in range(10))
     return 2 * size**3 / best / 1e12

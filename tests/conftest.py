@@ -14,15 +14,8 @@ from configs.schema import TinyConfig
 from pipeline.tiny.write import random_checkpoint
 
 # files that take longest, their tests start processes: what two workers begin last must not be one of them
-LONGEST = (
-    "test_launch",
-    "test_checkpoint",
-    "test_work_left",
-    "test_trainer",
-    "test_gpu_rehearsal",
-    "test_moe",
-)
-LONGEST += ("test_zero", "test_attention", "test_transformers_engine", "test_dump")
+LONGEST = ("test_launch", "test_trainer", "test_checkpoint", "test_gpu_rehearsal", "test_moe", "test_zero")
+LONGEST += ("test_attention", "test_transformers_engine", "test_dump")
 
 CONVERSATIONS = [
     {
