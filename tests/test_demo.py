@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-from openai import OpenAI
 
 from featurestore import open_store
 from pipeline.serve import figures
@@ -120,6 +119,8 @@ def test_second_start_recomputes_nothing(finished):
 
 
 def test_what_the_demo_leaves_is_served_and_its_drafts_are_accepted(finished):
+    from openai import OpenAI
+
     root, _ = finished
     port = free_port()
     command = [sys.executable, "-m", "pipeline", "serve", "configs/tiny.toml", f"run.dir={root / 'run'}"]

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
-from vllm.tokenizers.deepseek_v32_encoding import encode_messages
 
 from configs.errors import InputError
 from configs.files import read_json, write_json
@@ -204,6 +203,8 @@ def plain(message: dict) -> dict:
 
 def test_the_released_encoding_writes_the_same_text(tmp_path, conversations_file, tiny_checkpoint):
     """A checkpoint without a chat template is encoded by the engine's own code for DeepSeek-V3.2."""
+    from vllm.tokenizers.deepseek_v32_encoding import encode_messages
+
     bare = tmp_path / "bare"
     shutil.copytree(tiny_checkpoint, bare)
     config = read_json(bare / "tokenizer_config.json")

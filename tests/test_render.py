@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
-from vllm.tokenizers.deepseek_v32 import get_deepseek_v32_tokenizer
 
 from configs.files import read_json, write_json
 from configs.held_out import uid_group
@@ -63,6 +62,8 @@ def load(tmp_path):
 
 def served(target: Path, messages: list[dict], thinking: bool, tools: list | None = None) -> list[int]:
     """The prompt that vLLM's server makes of a conversation."""
+    from vllm.tokenizers.deepseek_v32 import get_deepseek_v32_tokenizer
+
     server = get_deepseek_v32_tokenizer(AutoTokenizer.from_pretrained(str(target)))
     named = [{("reasoning" if k == "reasoning_content" else k): v for k, v in m.items()} for m in messages]
     return server.apply_chat_template(named, tools=tools, thinking=thinking)

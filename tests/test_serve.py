@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-from openai import OpenAI
 
 from configs.errors import ConfigError, InputError
 from configs.files import write_json
@@ -45,6 +44,8 @@ def settings(
 
 @pytest.mark.engine
 def test_a_chat_is_answered_with_accepted_drafts(settings, tmp_path):
+    from openai import OpenAI
+
     port = json.loads(settings.read_text())["serve"]["port"]
     command = [sys.executable, "-m", "pipeline", "serve", str(settings)]
     with open(tmp_path / "said", "w") as said:
