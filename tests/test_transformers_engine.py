@@ -29,6 +29,7 @@ from pipeline.dump import run
 from pipeline.prompts import Turns, load_prompts
 from pipeline.tiny.backbone import load_backbone
 from pipeline.tiny.write import random_checkpoint
+from tests.test_export import quantized_copy
 
 TOPK, ANSWER = 16, 12
 STATES = [{"site": "layer_input", "layer": 1}, {"site": "post_norm", "layer": 2}]
@@ -197,6 +198,16 @@ def test_a_target_without_one_of_its_tensors_is_refused(settings, target, tmp_pa
     (broken / "config.json").write_text('{"model_type": "unheard_of"}')
     with pytest.raises(InputError, match=r"transformers cannot load .*unheard_of"):
         Engine(replace(settings, model=str(broken)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it could run")
+def test_an_fp8_target_is_refused_before_it_is_read_where_it_could_not_run(settings, target, tmp_path):
+    quantized = quantized_copy(target, tmp_path / "fp8")
+    # nothing of it is read
+    for file in quantized.glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(InputError, match=r"is fp8, which transformers runs on GPUs of .*8\.9"):
+        Engine(replace(settings, model=str(quantized)))
 
 
 def test_what_it_captures_is_what_the_backbone_computes_beyond_index_topk(

@@ -110,6 +110,13 @@ class Driver(ABC):
         """
         return None
 
+    def probe_rounded(self, ids: np.ndarray) -> np.ndarray | None:
+        """As `probe`, with the output of each layer moved by a rounding to bf16; None where not built.
+
+        How far it lies from `probe` says how far rounding carries in this target.
+        """
+        return None
+
     @property
     def busy(self) -> bool:
         """Whether there is anything to do but wait for more."""

@@ -156,6 +156,11 @@ class Capture:
         self._send("experts")
         return self.receive()
 
+    def probe_rounded(self, ids: np.ndarray) -> np.ndarray | None:
+        """The same with roundings added, after `experts`: see `Driver.probe_rounded`."""
+        self._send("probe_rounded", ids)
+        return self.receive()
+
     def _send(self, method: str, *args: Any) -> None:
         # an engine that is gone is noticed when its answer is missing
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):

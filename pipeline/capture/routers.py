@@ -47,8 +47,9 @@ class Routers:
 
         None where an engine computes without its modules, as compiled ones do: then nobody is asked.
         """
-        chosen = [torch.cat(pieces)[:tokens] for pieces in self._chosen.values()]
+        # layers may lie on several GPUs
+        chosen = [torch.cat(pieces)[:tokens].cpu() for pieces in self._chosen.values()]
         self._chosen.clear()
         if not chosen or any(len(rows) < tokens for rows in chosen):
             return None
-        return torch.stack(chosen).sort(-1).values.int().cpu().numpy()
+        return torch.stack(chosen).sort(-1).values.int().numpy()

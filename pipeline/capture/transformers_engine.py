@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, cuda, nn
 
 from configs.contract import aux_layers
 from configs.errors import InputError
+from configs.target import target_config
 from pipeline.capture.driver import Asked, Driver
 from pipeline.capture.engine import EngineSettings, PartResult, Refused
 from pipeline.capture.routers import Routers
@@ -31,6 +32,8 @@ __all__ = ["Engine"]
 SEQUENCES = 64
 # tokens of a text whose attention weights are as many as a CPU should read at once
 CPU_TOKENS = 256
+# most by which rounding to bf16 moves a number, relative
+ROUNDING = 2**-8
 
 Waiting = TypeVar("Waiting")
 
@@ -46,6 +49,28 @@ def _take(
     return ordered[:n], ordered[n:]
 
 
+def _prepare_fp8(target: str) -> None:
+    """Get what an fp8 target needs before hundreds of gigabytes are read: transformers looks later.
+
+    Raises:
+        InputError: this machine cannot run it.
+        ImportError: there is no package `kernels`, from which transformers has its fp8 kernels, or it cannot
+            download them.
+    """
+    quantization = target_config(target).get("quantization_config") or {}
+    if quantization.get("quant_method") != "fp8":
+        return
+    if not cuda.is_available() or cuda.get_device_capability() < (8, 9):
+        # it would turn it into bfloat16, and takes whole blocks alone: kv_a_proj_with_mqa has four and a half
+        raise InputError(
+            f"{target} is fp8, which transformers runs on GPUs of compute capability 8.9 or later only",
+            "run it there, or take the target in bfloat16",
+        )
+    from transformers.integrations.finegrained_fp8 import load_finegrained_fp8_kernel
+
+    load_finegrained_fp8_kernel()
+
+
 class Engine(Driver):
     """The engine and its driver."""
 
@@ -54,7 +79,10 @@ class Engine(Driver):
 
         super().__init__(settings)
         arguments: dict[str, Any] = {"dtype": "auto", "attn_implementation": "eager"}
+        if cuda.is_available():  # from the files onto the GPUs, without a copy of all in host memory
+            arguments["device_map"] = "auto" if cuda.device_count() > 1 else "cuda"
         try:
+            _prepare_fp8(settings.model)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 settings.model, **arguments | settings.transformers, output_loading_info=True
             )
@@ -70,8 +98,6 @@ class Engine(Driver):
                 f" {len(missing) - 1} others",
                 "fetch the checkpoint again; transformers would have made up what is missing",
             )
-        if "device_map" not in settings.transformers and torch.cuda.is_available():
-            self.model = self.model.to("cuda")
         self.model.eval()
         self.device = self.model.get_input_embeddings().weight.device
         self._inputs: dict[int, Tensor] = {}
@@ -201,7 +227,7 @@ class Engine(Driver):
                 if token not in self._stop and len(answers[row]) < batch[row].document.answer_tokens:
                     on.append(place)
             rows = [rows[place] for place in on]
-            kept = torch.tensor(on, dtype=torch.long, device=self.device)
+            kept = torch.tensor(on, dtype=torch.long)  # on the host: layers may lie on several GPUs
             if len(on) < len(tokens):
                 cache.batch_select_indices(kept)
                 mask_BT, positions_BT = mask_BT[kept], positions_BT[kept]
@@ -242,3 +268,24 @@ class Engine(Driver):
     def experts(self) -> np.ndarray | None:
         """As `Driver.experts`."""
         return self._routers.take(self._probed) if self._routers else None
+
+    def probe_rounded(self, ids: np.ndarray) -> np.ndarray | None:
+        """As `Driver.probe_rounded`."""
+
+        def move(_layer: nn.Module, _args: Any, out: Any) -> Any:
+            first, *rest = out if isinstance(out, tuple) else (out,)
+            if first.device not in generators:
+                generators[first.device] = torch.Generator(first.device).manual_seed(0)
+            share = torch.rand(first.shape, generator=generators[first.device], device=first.device)
+            first = (first.float() * (1 + ROUNDING * (2 * share - 1))).to(first.dtype)
+            return (first, *rest) if isinstance(out, tuple) else first
+
+        generators: dict[torch.device, torch.Generator] = {}
+        hooks = [layer.register_forward_hook(move) for layer in self.model.base_model.layers]
+        try:
+            moved = self.probe(ids)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.experts()  # of nobody's interest
+        return moved
