@@ -43,7 +43,7 @@ from train.loss import HeadLoss
 from train.model import load_layer
 from train.mtp import MTPLayer
 from train.selection import selection_drift
-from train.sparse import DENSE, decide
+from train.sparse import DENSE, check_attention, decide
 from train.unroll import Scored
 
 __all__ = ["SELECTION_DOCUMENTS", "Tally", "measure", "plan", "read_documents", "ready", "run", "tally"]
@@ -320,8 +320,10 @@ def plan(config: RunConfig) -> str:
 
 
 def ready(config: RunConfig) -> None:
-    """Raises what `run` would: there is no store, or no such checkpoint."""
-    open_split(config)
+    """Raises what `run` would: there is no store, no such checkpoint, or the settings fit neither."""
+    store, target = open_split(config), target_config(config.require_target())
+    if config.train.draft == "mtp":
+        check_attention(config.train, target, int(store.length.max()))
     run_dir.find_weights(config.run.dir, config.evaluate.checkpoint, config.require_target(), verify=False)
 
 
