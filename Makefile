@@ -48,8 +48,9 @@ demo: setup ## the whole pipeline on a laptop: target, dump, train, export, veri
 demo-eagle3: setup ## the same with an EAGLE-3 draft from a random start, beside the target of `demo`
 	$(LAYER61) demo configs/tiny-eagle3.toml run.dir=runs/demo-eagle3 $(ARGS)
 
-demo-sparse: setup ## documents longer than index_topk: sparse attention in target, capture and training
+demo-sparse: setup ## documents longer than index_topk: trained under the served mask, and dense beside it
 	$(LAYER61) demo configs/tiny-sparse.toml run.dir=runs/demo-sparse $(ARGS)
+	$(if $(filter --dry-run,$(ARGS)),,$(BIN)/python -m benchmarks.sparse runs/demo-sparse --seeds 0 --steps 32 --only dense sparse)
 
 target: setup ## build the tiny V3.2-shaped target of CONFIG
 	$(LAYER61) target $(CONFIG) $(ARGS)

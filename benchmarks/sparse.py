@@ -1,5 +1,8 @@
 """What the served mask is worth in training: `python -m benchmarks.sparse STORE TARGET [--seeds 0 1 2]`.
 
+`RUN` instead of both takes the store and the target of a run, and adds the figures to its `summary.json` as
+`attention`: `make demo-sparse` ends so, with one seed and `--only dense sparse`.
+
 Trains the target's released MTP layer on a store of documents beyond `index_topk`, from the same start, on
 the same batches, for equally many steps: with dense attention, with the indexer's mask and a frozen indexer,
 and with the indexer trained along (`joint`). Each is then measured as it is served, with the mask, by offline
@@ -23,7 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.objectives import SETTINGS, trained
+from configs.files import read_json, write_json
+from configs.load import load_config
 from configs.provenance import versions
+from configs.run_dir import SUMMARY, settings
 from configs.schema import TrainConfig
 from featurestore import FeatureStore, open_store
 from train.batch import pack
@@ -52,14 +58,27 @@ def served(layer: MTPLayer, released: MTPLayer, store: FeatureStore, train: Trai
     return found | selection_drift(layer, released, packed, train.num_steps)
 
 
+def places(given: list[Path]) -> tuple[str, Path]:
+    """Store and target, of a run where there is but one place."""
+    if len(given) == 2:
+        return str(given[0]), given[1]
+    (run,) = given
+    files = [str(path) for verb in ("dump", "train") if (path := settings(run, verb)).exists()]
+    config = load_config(files, [f"run.dir={json.dumps(str(run))}"])
+    return config.train_store_path, config.require_target()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("store", type=Path)
-    parser.add_argument("target", type=Path)
+    parser.add_argument("places", type=Path, nargs="+", help="STORE TARGET, or RUN", metavar="PLACE")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--only", nargs="*", default=list(WAYS), choices=list(WAYS))
     args = parser.parse_args()
-    store, released = open_store(args.store), load_layer(args.target)
+    if len(args.places) > 2:
+        parser.error("name a store and a target, or a run directory")
+    where, target = places(args.places)
+    store, released = open_store(where), load_layer(target)
     assert isinstance(released, MTPLayer)
     console = Console(stderr=True)
     found: dict[str, dict[str, list[float]]] = {}
@@ -72,9 +91,10 @@ def main() -> None:
 
     note("released", released, TrainConfig.model_validate(SETTINGS), "not trained")
     for seed in args.seeds:
-        for name, (attention, indexer) in WAYS.items():
+        for name in args.only:
+            attention, indexer = WAYS[name]
             train = TrainConfig.model_validate(SETTINGS | {"indexer": indexer})
-            layer = load_layer(args.target)
+            layer = load_layer(target)
             assert isinstance(layer, MTPLayer)
             began = time.perf_counter()
             first, last = trained(Draft(layer, train, attention), store, train, seed, args.steps)
@@ -83,13 +103,17 @@ def main() -> None:
     topk, longest = released.dims.index_topk, int(store.length.max())
     table = Table("trained", *FIGURES)
     table.title = (
-        f"{args.steps} steps, {len(args.seeds)} seeds, documents to {longest:,} tokens, topk {topk:,}"
+        f"{args.steps} steps, {len(args.seeds)} seeds, documents to {longest:,} tokens, topk {topk:,},"
+        " all measured under the mask"
     )
     for name, figures in found.items():
         cells = (f"{statistics.mean(x):.3f} ± {(max(x) - min(x)) / 2:.3f}" for x in figures.values())
         table.add_row(name, *cells)
     Console().print(table)
-    print(json.dumps({"steps": args.steps, "seeds": args.seeds, "index_topk": topk, **versions(), **found}))
+    result = {"steps": args.steps, "seeds": args.seeds, "index_topk": topk, **versions(), **found}
+    if len(args.places) == 1 and (summary := args.places[0] / SUMMARY).exists():
+        write_json(summary, read_json(summary) | {"attention": result})
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

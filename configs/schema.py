@@ -259,9 +259,10 @@ class TrainConfig(Section):
     it beside the layer, over the keys it keeps."""
     indexer_learning_rate: float | None = Field(None, gt=0)
     """Peak learning rate of a trained indexer; by default 1e-3 for `warmup`, `learning_rate` for `joint`."""
-    indexer_loss_weight: float = Field(1.0, gt=0)
-    """Weight of a trained indexer's own loss; gradients are clipped together, so a small one leaves more of
-    `gradient_clipping` to the draft."""
+    indexer_loss_weight: float = Field(0.01, gt=0)
+    """Weight of a trained indexer's own loss. AdamW's step does not depend on it, but `gradient_clipping` is
+    over all gradients together: at 1 the indexer's were up to 13 times the layer's, and small they leave the
+    layer's clipped as beside a frozen indexer."""
     moe_backend: Literal["auto", "torch", "grouped_mm", "triton"] = "auto"
     """Expert kernels; `auto` takes Triton on CUDA and the fastest torch form elsewhere."""
     checkpoint_every: int = Field(200, ge=1, json_schema_extra=FREE)
@@ -448,7 +449,7 @@ class RunConfig(Section):
         if self.dump.engine == "transformers" and self.dump.tensor_parallel_size > 1:
             raise ValueError(
                 f"dump.tensor_parallel_size = {self.dump.tensor_parallel_size} is vLLM's: transformers"
-                " spreads a target over GPUs with dump.transformers.device_map = 'auto'"
+                " spreads a target over all GPUs by itself"
             )
         for name in sorted(self.dump.vllm):
             why = next((w for start, w in NOT_IN_A_DUMP.items() if name.startswith(start)), None)

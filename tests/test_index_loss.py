@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.live_bytes import LiveBytes
 from tests.reference_sparse import layer_of
 from tests.test_unroll import packed, relative_error
 from train.gather import GATHERED
@@ -89,6 +90,27 @@ def test_neither_loss_reaches_the_parameters_of_the_other(sparse_checkpoint, for
     assert {n for n, g in zip(names, own[1:], strict=True) if g is not None} == set(learning(layer))
     main = torch.autograd.grad(states.sum(), parameters, allow_unused=True)
     assert {n for n, g in zip(names, main, strict=True) if g is None} == set(learning(layer))
+
+
+@pytest.mark.parametrize("over", ["all", "kept"])
+def test_memory_of_the_loss_grows_with_tokens_and_not_with_their_square(sparse_checkpoint, over, monkeypatch):
+    monkeypatch.setitem(HELD, "cpu", 1 << 14)
+    monkeypatch.setitem(GATHERED, "cpu", 1 << 14)
+    layer = layer_of(sparse_checkpoint, 12).requires_grad_(False)
+    for parameter in learning(layer).values():
+        parameter.requires_grad_()
+    peaks = []
+    for length in (256, 512):
+        ids, hidden, cu = packed(layer, (length,))
+        with LiveBytes() as live:
+            index_loss = IndexLoss(torch.ones(2, length), over)
+            # the layer's own attention is gathered: it holds no row of all keys either
+            form = {"sparse": True, "attention": "gather"}
+            unroll(layer, ids, hidden, cu, 2, watch=index_loss, **form)
+            index_loss.loss.backward()
+        peaks.append(live.peak)
+    # the scores of one head would be four times as many
+    assert peaks[1] < 2.1 * peaks[0]
 
 
 def test_what_a_row_of_weight_0_holds_plays_no_part(sparse_checkpoint):

@@ -1,13 +1,15 @@
 """Training and evaluating with sparse attention, decided once for all ranks, and training the indexer."""
 
 import json
+import sys
 
 import pytest
 import torch
 
+from benchmarks import sparse as benchmark
 from configs import run_dir as runs
 from configs.errors import ConfigError, Layer61Error
-from configs.load import load_config
+from configs.load import freeze, load_config
 from export.checkpoint import Checkpoint
 from featurestore import open_store
 from tests.rank_jobs import run_job
@@ -104,6 +106,34 @@ def test_an_indexer_is_trained_alone_or_beside_the_layer_and_its_loss_falls(
     assert 0 < found["overlap"] < 1
     released = load_config([], [*settings, "evaluate.checkpoint=released"])
     assert evaluate.run(released)["selection"]["overlap"] == 1
+
+
+def test_a_joint_indexer_takes_no_share_of_the_layers_gradient_clipping(settings, tmp_path):
+    norms = []
+    for indexer in ("frozen", "joint"):
+        words = [f"train.indexer={indexer}", f"run.dir={tmp_path / indexer}", "train.max_steps=1"]
+        config = load_config([], [*settings, *words])
+        launch.run(config)
+        norms.append(rows(config)[0]["train/grad_norm"])
+    # the first step of both has the same layer, batch and mask
+    assert norms[1] == pytest.approx(norms[0], rel=0.01)
+
+
+def test_layers_trained_dense_and_sparse_are_measured_beside_one_another_and_join_the_summary(
+    long_store, sparse_checkpoint, settings, tmp_path, monkeypatch, capsys
+):
+    run = tmp_path / "run"
+    freeze(load_config([], settings), "train", ("target", "train", "eagle3"))
+    (run / runs.SUMMARY).write_text('{"seconds": 1}')
+    monkeypatch.setattr(sys, "argv", ["sparse", str(run), "--seeds", "0", "--steps", "3"])
+    benchmark.main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert json.loads((run / runs.SUMMARY).read_text()) == {"seconds": 1, "attention": found}
+    ways = {name: found[name]["acceptance_length"] for name in ("released", "dense", "sparse", "joint")}
+    assert all(1 <= x <= 4 for (x,) in ways.values())
+    # trained from one start on the same batches, under another mask and with another indexer
+    kept = [found[name]["mass_over_best"] for name in ("released", "dense", "sparse", "joint")]
+    assert len({x for (x,) in kept}) == 4
 
 
 @pytest.mark.parametrize(
