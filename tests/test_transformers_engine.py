@@ -194,6 +194,8 @@ def test_a_target_without_one_of_its_tensors_is_refused(settings, target, tmp_pa
             (broken / path.name).symlink_to(path)
     with pytest.raises(InputError, match=r"no tensor model\.layers\.1\.self_attn\.o_proj\.weight"):
         Engine(replace(settings, model=str(broken)))
+    with pytest.raises(InputError, match=r"transformers cannot load .*float33"):
+        Engine(replace(settings, transformers={"dtype": "float33"}))
     (broken / "config.json").unlink()
     (broken / "config.json").write_text('{"model_type": "unheard_of"}')
     with pytest.raises(InputError, match=r"transformers cannot load .*unheard_of"):

@@ -86,7 +86,9 @@ class Engine(Driver):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 settings.model, **arguments | settings.transformers, output_loading_info=True
             )
-        except (ImportError, ValueError, OSError) as error:
+        except InputError:
+            raise
+        except (ImportError, ValueError, OSError, AttributeError, TypeError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise InputError(
                 f"transformers cannot load {settings.model}: {reason}", f"see {settings.log}"
