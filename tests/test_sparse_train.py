@@ -173,6 +173,15 @@ def test_targets_whose_indexer_cannot_serve_are_refused(sparse_checkpoint, words
     assert caught.value.hint
 
 
+def test_a_warm_up_without_an_indexer_is_said_to_need_one(sparse_checkpoint, settings, tmp_path):
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    model = {k: v for k, v in Checkpoint(sparse_checkpoint).config.items() if not k.startswith("index_")}
+    (dense / "config.json").write_text(json.dumps(model | {"model_type": "deepseek_v3"}))
+    with pytest.raises(ConfigError, match=r"train\.indexer = 'warmup' needs an indexer"):
+        launch.plan(load_config([], [*settings, f"target.path={dense}", "train.indexer=warmup"]))
+
+
 def test_few_keys_of_many_are_gathered_and_others_masked(sparse_checkpoint, long_store):
     model, store, train = (
         Checkpoint(sparse_checkpoint).config,

@@ -377,7 +377,6 @@ def plan(config: RunConfig) -> Plan:
     weights = initial_weights(config, verify=False)
     if weights is not None and config.require_target().exists():
         check_weights(weights, Checkpoint(config.require_target()), draft)
-    check_prefixes([op.training for op in ops if not op.training.endswith((BIAS, *MAPS))], train)
     for op in ops:
         count = math.prod(op.shape)
         if op.training in MAPS:
@@ -396,6 +395,8 @@ def plan(config: RunConfig) -> Plan:
     if check_attention(train, model, longest):
         kind = "cuda" if train.dtype == "bfloat16" else "cpu"
         sparse = Sparse(True, form_of(keys, model["index_topk"], kind))
+    # last: without an indexer a warm-up would be said to train nothing
+    check_prefixes([op.training for op in ops if not op.training.endswith((BIAS, *MAPS))], train)
     return Plan(
         anchors=anchors,
         trainable=trainable,
