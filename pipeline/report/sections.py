@@ -278,40 +278,46 @@ def kinds(results: Results) -> Markup:
 
 
 def speedup(results: Results) -> Markup:
-    """Expected speed for each K, and what to serve with."""
+    """Expected speed for each K of every draft, and what to serve with; the headline's draft first."""
     after = _pair(results)[1]
-    drafts = [d for d in (after, *results.served.values()) if d and d.found.get("speedup")]
-    if not drafts:
-        return Markup("")
-    found = drafts[0].found
-    rows = found["speedup"]
-    at_a_time = sorted({row["concurrency"] for row in rows})
+    drafts = {d.name: d for d in (after, *results.served.values()) if d and d.found.get("speedup")}
+    said = [str(d.found["recommendation"]) for d in drafts.values() if d.found.get("recommendation")]
+    return (
+        join(paragraph(text, "" if place else "advice") for place, text in enumerate(said))
+        + _figures(*(_speed(draft) for draft in drafts.values()))
+        + details("The figures", join(_speed_table(draft) for draft in drafts.values()))
+    )
+
+
+def _speed(draft: Draft) -> Markup:
+    rows = draft.found["speedup"]
     series = [
         Series(
             f"{n:,} request{'s' if n != 1 else ''} at a time",
             sorted((float(r["num_steps"]), float(r["speedup"])) for r in rows if r["concurrency"] == n),
         )
-        for n in at_a_time
+        for n in sorted({row["concurrency"] for row in rows})
     ]
-    figure = lines(
-        f"Expected speed with the {drafts[0].name} draft, over decoding without one",
+    return lines(
+        f"Expected speed with the {draft.name} draft, over decoding without one",
         "draft tokens K",
         "times as fast",
         series,
         text=lambda value: f"{value:.2f}",
         whole=True,
     )
+
+
+def _speed_table(draft: Draft) -> Markup:
+    rows = draft.found["speedup"]
     Ks = sorted({r["num_steps"] for r in rows})
     by_place = {(r["concurrency"], r["num_steps"]): f"{r['speedup']:.2f}" for r in rows}
-    cells = [[f"{n:,} at a time", *(by_place.get((n, K)) for K in Ks)] for n in at_a_time]
-    said = found.get("recommendation")
-    return (
-        (paragraph(str(said), "advice") if said else Markup(""))
-        + _figures(figure)
-        + details(
-            "The figures", table("Times as fast as without a draft", ["", *(f"K = {K}" for K in Ks)], cells)
-        )
-    )
+    cells = [
+        [f"{n:,} at a time", *(by_place.get((n, K)) for K in Ks)]
+        for n in sorted({row["concurrency"] for row in rows})
+    ]
+    title = f"Times as fast as without a draft, {draft.name}"
+    return table(title, ["", *(f"K = {K}" for K in Ks)], cells)
 
 
 def serving(results: Results) -> Markup:
