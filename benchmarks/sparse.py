@@ -28,6 +28,7 @@ from rich.table import Table
 from benchmarks.objectives import SETTINGS, trained
 from configs.files import read_json, write_json
 from configs.load import load_config
+from configs.progress import count
 from configs.provenance import versions
 from configs.run_dir import SUMMARY, settings
 from configs.schema import TrainConfig
@@ -43,7 +44,13 @@ from train.sparse import DENSE, Sparse
 SERVED = Sparse(True, None)
 # name -> (attention while training, train.indexer)
 WAYS = {"dense": (DENSE, "frozen"), "sparse": (SERVED, "frozen"), "joint": (SERVED, "joint")}
-FIGURES = ("acceptance_length", "overlap_acceptance_length", "mass_over_best", "overlap")
+# key -> heading
+FIGURES = {
+    "acceptance_length": "acceptance length",
+    "overlap_acceptance_length": "sampled",
+    "mass_over_best": "mass over best",
+    "overlap": "overlap",
+}
 
 
 def served(layer: MTPLayer, released: MTPLayer, store: FeatureStore, train: TrainConfig) -> dict[str, Any]:
@@ -87,7 +94,7 @@ def main() -> None:
         figures = served(layer, released, store, train)
         for key in FIGURES:
             found.setdefault(name, {}).setdefault(key, []).append(figures[key])
-        console.print(f"{name}: {said}, " + ", ".join(f"{k} {figures[k]:.3f}" for k in FIGURES))
+        console.print(f"{name}: {said}, " + ", ".join(f"{v} {figures[k]:.3f}" for k, v in FIGURES.items()))
 
     note("released", released, TrainConfig.model_validate(SETTINGS), "not trained")
     for seed in args.seeds:
@@ -101,14 +108,15 @@ def main() -> None:
             said = f"seed {seed}, loss {first:.3f} to {last:.3f}, {time.perf_counter() - began:.0f} s"
             note(name, layer, train, said)
     topk, longest = released.dims.index_topk, int(store.length.max())
-    table = Table("trained", *FIGURES)
+    table = Table("trained", *FIGURES.values())
     table.title = (
-        f"{args.steps} steps, {len(args.seeds)} seeds, documents to {longest:,} tokens, topk {topk:,},"
-        " all measured under the mask"
+        f"{args.steps} steps, {count(len(args.seeds), 'seed')}, documents to {longest:,} tokens,"
+        f" {topk:,} keys kept; all measured under the mask"
     )
     for name, figures in found.items():
-        cells = (f"{statistics.mean(x):.3f} ± {(max(x) - min(x)) / 2:.3f}" for x in figures.values())
-        table.add_row(name, *cells)
+        spread = [f" ± {(max(x) - min(x)) / 2:.3f}" if len(x) > 1 else "" for x in figures.values()]
+        means = (f"{statistics.mean(x):.3f}" for x in figures.values())
+        table.add_row(name, *(a + b for a, b in zip(means, spread, strict=True)))
     Console().print(table)
     result = {"steps": args.steps, "seeds": args.seeds, "index_topk": topk, **versions(), **found}
     if len(args.places) == 1 and (summary := args.places[0] / SUMMARY).exists():

@@ -22,6 +22,7 @@ from configs.files import write_json
 from configs.held_out import is_held_out, uid_group
 from configs.lock import hold
 from configs.progress import count, log, task
+from configs.provenance import engine_version
 from configs.schema import RunConfig
 from configs.target import target_config
 from export.checkpoint import Checkpoint
@@ -245,6 +246,7 @@ def run(config: RunConfig) -> dict[str, Any]:
 
 def _run(config: RunConfig, gpu: bool) -> dict[str, Any]:
     started = time.monotonic()
+    engine_version(config.dump.engine)  # refused before a million conversations are read
     target_dir = config.require_target()
     target = target_config(target_dir)
     view = choose_view(config, target, gpu=gpu)

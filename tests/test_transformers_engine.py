@@ -23,7 +23,7 @@ from configs.load import load_config
 from configs.schema import PromptsConfig
 from featurestore import open_store, publish
 from pipeline.capture.engine import EngineSettings, PartResult
-from pipeline.capture.settings import choose_view, contract
+from pipeline.capture.settings import choose_view
 from pipeline.capture.transformers_engine import Engine
 from pipeline.dump import run
 from pipeline.prompts import Turns, load_prompts
@@ -286,15 +286,14 @@ def test_long_documents_need_the_engine_that_has_sparse_attention_everywhere(tar
         load_config([], [*words, "dump.tensor_parallel_size=2"])
 
 
-def test_an_engine_that_is_not_installed_is_one_clear_error(
-    target, conversations_file, tmp_path, monkeypatch
+def test_an_engine_that_is_not_installed_is_refused_before_conversations_are_read(
+    target, tmp_path, monkeypatch
 ):
     def absent(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    words = [*config_words(target, conversations_file, tmp_path), "prompts.max_length=100"]
+    words = config_words(target, tmp_path / "none.jsonl", tmp_path / "run")
     monkeypatch.setattr(provenance, "version", absent)
     for engine in ("vllm", "transformers"):
-        config = load_config([], [*words, f"dump.engine={engine}", "dump.view=native"])
         with pytest.raises(InputError, match=f"(?i){engine} is not installed"):
-            contract(config, load_prompts(config.prompts, target), "native")
+            run(load_config([], [*words, f"dump.engine={engine}", "dump.view=native"]))
