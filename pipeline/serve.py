@@ -22,12 +22,14 @@ from configs.errors import ConfigError, InputError, Layer61Error
 from configs.progress import log
 from configs.schema import RunConfig
 from configs.target import target_config
+from export.check import refuse_name
 from export.checkpoint import Checkpoint
 from pipeline import child
 from pipeline.speculation import (
     CPU_ENGINE,
     draft_directory,
     draft_path,
+    is_eagle3,
     refuse_draft_name,
     require_draft,
     speculative_config,
@@ -83,7 +85,8 @@ def arguments(config: RunConfig, draft: str) -> list[str]:
         draft: as `serve.draft`.
 
     Raises:
-        ConfigError: the draft's path would mislead vLLM, or the view is not exact for `max_model_len`.
+        ConfigError: the path of the draft, or of its view, would mislead vLLM, or the view is not exact for
+            `max_model_len`.
         InputError: the target has no MTP layer, or the draft does not load beside it.
     """
     settings, target = config.serve, config.require_target()
@@ -102,6 +105,9 @@ def arguments(config: RunConfig, draft: str) -> list[str]:
         if directory is not None:
             draft_dir = make_view(directory, folder / "draft")
         if model != target.absolute():
+            if draft != "none" and not (directory and is_eagle3(directory)):
+                # an MTP draft lies in one of the views, whose paths vLLM reads as well
+                refuse_name(config.run.dir, "run.dir")
             exact = target_config(target)["index_topk"]
             # by the target's type, which the view changes, vLLM would choose the way to render a chat
             options |= {"tokenizer_mode": "deepseek_v32", "max_model_len": exact}

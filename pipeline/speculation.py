@@ -18,6 +18,7 @@ __all__ = [
     "CPU_ENGINE",
     "draft_directory",
     "draft_path",
+    "is_eagle3",
     "refuse_draft_name",
     "require_draft",
     "speculative_config",

@@ -116,6 +116,11 @@ def test_serve_refuses_what_cannot_be_served(settings, tmp_path):
         arguments(load_config([settings], ["serve.draft=absent"]), "absent")
     with pytest.raises(ConfigError, match="2,048 tokens up to which the V3 view"):
         arguments(load_config([settings], ["serve.vllm.max_model_len=4096"]), "none")
+    misleading = load_config([settings], [f"run.dir={tmp_path / 'demo-eagle3'}"])
+    for draft in ("released", "trained"):
+        with pytest.raises(ConfigError, match=r"run\.dir = .* contains 'eagle'"):
+            arguments(misleading, draft)
+    assert "--speculative-config" not in arguments(misleading, "none")
     with pytest.raises(ConfigError, match=r"serve\.vllm\.port is decided by another setting"):
         load_config([settings], ["serve.vllm.port=1"])
     with socket.socket() as taken:
