@@ -74,7 +74,8 @@ def test_compiled_form_equals_the_plain_one_in_a_few_graphs(monkeypatch, topk):
         given = problem(*batch)
         found, expected = (run(form, *given, grad=batch[2], topk=topk) for form in ("blocks", "whole"))
         for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+            # of a query with a single key the gradient is zero
+            assert float((a - b).detach().norm()) < 1e-5 * max(float(b.detach().norm()), 1)
     # with and without gradients: one of the attention, one of the merge at each step but the first
     assert len(graphs) == 2 + 2 * (STEPS - 1)
 
