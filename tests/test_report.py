@@ -57,6 +57,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for n in (1, 16)
         ]
     }
+    slow = [{"num_steps": 1, "concurrency": 1, "speedup": 0.8}]
+    released |= {"speedup": slow, "recommendation": "Serve without the released draft."}
     refused = tokens(("yes", "accepted"), ("\n", "rejected"), (" no", "own"))
     samples = [
         {"uid": "7", "source": "code", "prompt": PROMPT}
@@ -71,7 +73,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, found in (("best", trained), ("released", released)):
         write_json(run / f"evaluate.{name}.json", found | {"format": 2, "tokens": 900, "documents": 8})
     speed = {"output_tokens_per_second": 1000.0, "mean_ms_per_token": 6.7, "ratio": 1.0}
-    runs = [{"draft": d, "concurrency": n, **speed} for d in ("none", "trained") for n in (1, 16)]
+    runs = [{"draft": d, "concurrency": n, **speed} for d in ("none", "/drafts/trained") for n in (1, 16)]
     runs[3] |= {"ratio": 1.75, "acceptance_length": 2.5}
     write_json(run / "serving.json", {"runs": runs, "num_prompts": 8})
     dump = {"captured_documents": 90, "rejected_documents": 2, "loop_share": 0.03, "seconds": 12.0}
@@ -111,6 +113,12 @@ def test_the_headline_says_before_after_by_how_much_and_on_what(text):
     assert "/models" not in head
 
 
+def test_the_speed_to_expect_is_shown_for_every_draft(text):
+    for name in ("trained", "released"):
+        assert f"<figcaption>Expected speed with the {name} draft" in text
+    assert "<p>Serve without the released draft.</p>" in text
+
+
 def test_tokens_are_marked_by_what_became_of_them(text):
     assert '<del class="rejected">⏎</del><span class="own"> no</span>' in text
     assert '<span class="accepted">yes</span><span class="accepted"> no</span>' in text
@@ -134,6 +142,7 @@ def test_speed_over_http_is_shown_for_each_draft_and_number_of_requests(text):
     assert (
         '<th scope="row">trained, 16 at a time</th><td>1,000.0</td><td>6.7</td><td>2.50</td><td>1.75' in text
     )
+    assert "/drafts" not in text
 
 
 def test_the_time_of_a_step_is_split(text):

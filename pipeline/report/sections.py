@@ -281,9 +281,12 @@ def speedup(results: Results) -> Markup:
     """Expected speed for each K of every draft, and what to serve with; the headline's draft first."""
     after = _pair(results)[1]
     drafts = {d.name: d for d in (after, *results.served.values()) if d and d.found.get("speedup")}
-    said = [str(d.found["recommendation"]) for d in drafts.values() if d.found.get("recommendation")]
     return (
-        join(paragraph(text, "" if place else "advice") for place, text in enumerate(said))
+        join(
+            paragraph(str(said), "" if place else "advice")
+            for place, draft in enumerate(drafts.values())
+            if (said := draft.found.get("recommendation"))
+        )
         + _figures(*(_speed(draft) for draft in drafts.values()))
         + details("The figures", join(_speed_table(draft) for draft in drafts.values()))
     )
