@@ -58,6 +58,22 @@ def batches():
         yield lengths, generator.choice([T, max(T // 2, 1), 1, generator.randint(1, T)]), i % 3 != 0, i
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("topk", [None, 9])
+def test_documents_form_and_its_gradients_equal_the_plain_ones_in_float32(topk, dtype, bound):
+    for batch in itertools.islice(batches(), 10):
+        given = problem(*batch, dtype)
+        anchors, cu, *tensors, steps = given
+        k, v = (x.detach().float().requires_grad_(batch[2]) for x in tensors)
+        wide = [[x.detach().float().requires_grad_(batch[2]) for x in step] for step in steps]
+        found = run("documents", *given, grad=batch[2], topk=topk)
+        expected = run("whole", anchors, cu, k, v, wide, grad=batch[2], topk=topk)
+        # small gradients are differences of large numbers
+        scale = max(b.norm().item() for b in expected) / 10
+        for a, b in zip(found, expected, strict=True):
+            assert (a.float() - b).norm() <= bound * max(b.norm().item(), scale)
+
+
 @pytest.mark.parametrize("topk", [None, 9])
 def test_compiled_form_equals_the_plain_one_in_a_few_graphs(monkeypatch, topk):
     """On CPU the graphs run as captured, with the plain backward that flex attention refuses outside one."""

@@ -2,7 +2,7 @@
 
     packed_causal_attention   every token to the places of its document up to its own
     packed_sparse_attention   the same, to those of them that the indexer chooses
-    documents                 an unroll step, plain, one document at a time
+    documents                 an unroll step, one document at a time
     blocks                    the same by flex attention, in linear memory
     whole                     the same, plain, over the whole batch at once: the reference
 
@@ -10,12 +10,14 @@ Legend: T tokens of all documents, A anchors, B documents, H heads, Q query and 
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from train.indexer import Candidates, Index, Selection, choose, marked, scores
 
@@ -133,6 +135,67 @@ def attend_dense(
     return o_HAC.transpose(0, 1)
 
 
+class _Dense(torch.autograd.Function):
+    """`attend_dense` document by document, in few passes over the scores; of them the weights are kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_AHQ: Tensor,
+        k_THQ: Tensor,
+        v_THC: Tensor,
+        scale: float,
+        documents: list[tuple[slice, slice, Tensor]],
+        *own: Tensor,
+    ) -> Tensor:
+        """Of each document its rows, the keys that they may see, and what is added to their scores: float
+        [a, J], of step 0's keys and of the own ones."""
+        A, H, _ = q_AHQ.shape
+        o_AHC, weights = v_THC.new_empty(A, H, v_THC.shape[-1]), []
+        for rows, keys, added_AJ in documents:
+            q, k, v = (x.transpose(0, 1) for x in (q_AHQ[rows], k_THQ[keys], v_THC[keys]))
+            J = k.shape[1]
+            logits = added_AJ.new_empty(H, *added_AJ.shape)
+            torch.add(added_AJ[:, :J], q @ k.mT, alpha=scale, out=logits[..., :J])
+            for r, k_own in enumerate(own[::2]):
+                score = _dot(q_AHQ[rows], k_own[rows]).t()
+                torch.add(added_AJ[:, J + r], score, alpha=scale, out=logits[..., J + r])
+            p = logits.softmax(-1).to(v.dtype)
+            o_AHC[rows] = (p[..., :J] @ v).transpose(0, 1)
+            for r, v_own in enumerate(own[1::2]):
+                o_AHC[rows].addcmul_(p[..., J + r].t()[..., None], v_own[rows])
+            weights.append(p)
+        ctx.save_for_backward(q_AHQ, k_THQ, v_THC, *own, *weights)
+        ctx.scale, ctx.num_own = scale, len(own)
+        ctx.places = [(rows, keys) for rows, keys, _ in documents]
+        return o_AHC
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_AHC: Tensor) -> tuple[Tensor | None, ...]:
+        q_AHQ, k_THQ, v_THC, *rest = ctx.saved_tensors
+        own, weights = rest[: ctx.num_own], rest[ctx.num_own :]
+        dq, dk, dv = torch.empty_like(q_AHQ), torch.zeros_like(k_THQ), torch.zeros_like(v_THC)
+        d_own = [torch.empty_like(x) for x in own]
+        for (rows, keys), p in zip(ctx.places, weights, strict=True):
+            q, grad = q_AHQ[rows], grad_AHC[rows]
+            k, v, grad_HAC = (x.transpose(0, 1) for x in (k_THQ[keys], v_THC[keys], grad))
+            J, d = k.shape[1], torch.empty_like(p)
+            d[..., :J] = grad_HAC @ v.mT
+            for r, v_own in enumerate(own[1::2]):
+                d[..., J + r] = _dot(grad, v_own[rows]).t()
+            d = torch.ops.aten._softmax_backward_data(d, p, -1, p.dtype).mul_(ctx.scale)
+            dq[rows] = (d[..., :J] @ k).transpose(0, 1)
+            dk[keys] = (d[..., :J].mT @ q.transpose(0, 1)).transpose(0, 1)
+            dv[keys] = (p[..., :J].mT @ grad_HAC).transpose(0, 1)
+            for r, k_own in enumerate(own[::2]):
+                d_AH1, p_AH1 = (x[..., J + r].t()[..., None] for x in (d, p))
+                dq[rows].addcmul_(d_AH1, k_own[rows])
+                torch.mul(d_AH1, q, out=d_own[2 * r][rows])
+                torch.mul(p_AH1, grad, out=d_own[2 * r + 1][rows])
+        return dq, dk, dv, None, None, *d_own
+
+
 def _by_document(
     anchors: Tensor,
     cu_seqlens: Tensor,
@@ -143,34 +206,33 @@ def _by_document(
 ) -> Attend:
     """`attend_dense` document by document: memory grows with the longest document, not with the batch."""
     bounds = cu_seqlens.tolist()
-    lengths = cu_seqlens.diff().tolist()
-    # how many anchors, and what they see, of each document; cut in one go, for the gradient of a single
-    # piece would be as large as the whole
-    counts = torch.searchsorted(anchors, cu_seqlens.long()).diff().tolist()
-    documents: list[tuple[Tensor, Tensor, Tensor, Diagonal]] = []
-    split = zip(anchors.split(counts), bounds, k_THQ.split(lengths), v_THC.split(lengths), strict=False)
-    for rows, start, k, v in split:
-        places = rows - start
+    wide = torch.promote_types(k_THQ.dtype, torch.float32)
+    edges = torch.searchsorted(anchors, cu_seqlens.long()).tolist()
+    documents: list[tuple[slice, slice, Tensor]] = []
+    for start, (first, last) in zip(bounds, itertools.pairwise(edges), strict=False):
+        places = anchors[first:last] - start
         # nobody looks beyond the last anchor
-        end = int(places[-1]) + 1 if len(places) else 0
+        end = int(places[-1]) + 1 if last > first else 0
         visible = torch.arange(end, device=anchors.device) <= places[:, None]
-        documents.append((k[:end], v[:end], visible, []))
+        documents.append((slice(first, last), slice(start, start + end), visible))
+    diagonal: list[Tensor] = []
+
+    def added(visible_AJ: Tensor) -> Tensor:
+        return torch.zeros(visible_AJ.shape, dtype=wide, device=anchors.device).masked_fill_(
+            ~visible_AJ, float("-inf")
+        )
 
     def attend(q: Tensor, own: tuple[Tensor, Tensor] | None) -> Tensor:
-        if own is not None:
-            pieces = zip(own[0].split(counts), own[1].split(counts), strict=True)
-            for (*_, diagonal), piece in zip(documents, pieces, strict=True):
-                diagonal.append(piece)
+        diagonal.extend(own or ())
         chosen = [None] * len(documents) if selection is None else selection.chosen
-        parts = []
-        for rows, (k, v, visible, diagonal), places in zip(q.split(counts), documents, chosen, strict=True):
-            own_kept = None
-            if places is not None:
-                visible, own_kept = marked(places, len(k) + len(diagonal)).tensor_split([len(k)], 1)
-            if len(rows):
-                part = attend_dense(rows, k, v, diagonal, visible_AT=visible, kept_AS=own_kept, scale=scale)
-                parts.append(part)
-        return torch.cat(parts)
+        steps, seen = len(diagonal) // 2, []
+        for (rows, keys, visible), places in zip(documents, chosen, strict=True):
+            if rows.stop > rows.start:
+                kept = F.pad(visible, (0, steps), value=True)
+                if places is not None:
+                    kept = marked(places, visible.shape[1] + steps)
+                seen.append((rows, keys, added(kept)))
+        return _Dense.apply(q, k_THQ, v_THC, scale, seen, *diagonal)
 
     return attend
 

@@ -16,6 +16,7 @@ from train.attention import packed_causal_attention, packed_sparse_attention
 from train.dims import Dims
 from train.indexer import Indexer
 from train.kernels.moe import moe
+from train.kernels.norm import RMSNorm
 
 __all__ = ["MLP", "Attention", "DecoderLayer", "Gate", "MoE", "Projected", "rotary"]
 
@@ -65,11 +66,11 @@ class Attention(nn.Module):
         heads, input_size = dims.num_attention_heads, input_size or dims.hidden_size
         q_width = dims.qk_nope_head_dim + dims.qk_rope_head_dim
         self.q_a_proj = nn.Linear(input_size, dims.q_lora_rank, bias=False)
-        self.q_a_layernorm = nn.RMSNorm(dims.q_lora_rank, eps=dims.rms_norm_eps)
+        self.q_a_layernorm = RMSNorm(dims.q_lora_rank, eps=dims.rms_norm_eps)
         self.q_b_proj = nn.Linear(dims.q_lora_rank, heads * q_width, bias=False)
         kv_width = dims.kv_lora_rank + dims.qk_rope_head_dim
         self.kv_a_proj_with_mqa = nn.Linear(input_size, kv_width, bias=False)
-        self.kv_a_layernorm = nn.RMSNorm(dims.kv_lora_rank, eps=dims.rms_norm_eps)
+        self.kv_a_layernorm = RMSNorm(dims.kv_lora_rank, eps=dims.rms_norm_eps)
         self.kv_b_proj = nn.Linear(
             dims.kv_lora_rank, heads * (dims.qk_nope_head_dim + dims.v_head_dim), bias=False
         )
@@ -224,9 +225,9 @@ class DecoderLayer(nn.Module):
     def __init__(self, dims: Dims, layer_idx: int) -> None:
         super().__init__()
         self.dims = dims
-        self.input_layernorm = nn.RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
+        self.input_layernorm = RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
         self.self_attn = Attention(dims)
-        self.post_attention_layernorm = nn.RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
         dense = layer_idx < dims.first_k_dense_replace
         self.mlp: nn.Module = MLP(dims.hidden_size, dims.intermediate_size) if dense else MoE(dims)
 

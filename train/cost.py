@@ -142,9 +142,9 @@ def activation_bytes(
     if on_gpu:
         logits = 2 * max((1 << 28) // V // 128, 1) * 128 * V * size
     else:
-        # the plain forms keep the attention's weights, and hold logits in several forms
+        # the plain form keeps the attention's weights; logits are held in several forms
         if form != "gather":
-            kept_32 += 2 * rows * H * min(longest, tokens)
+            kept += rows * H * min(longest, tokens)
         logits = 6 * max((1 << 19) // V, 64) * V * 4
     forward = (kept + passing) * size + kept_32 * 4 + logits
     if sparse or indexer != "frozen":
@@ -160,8 +160,8 @@ def activation_bytes(
             forward -= (tokens + rows - anchors) * (query + H * (nope + value)) * size
             forward += (tokens + anchors * steps * (steps + 1) // 2) * entry * size + 4 * rows * topk
         elif sparse:
-            # a bit for each key in the fused form, masks in the plain one
-            forward += rows * (tokens // 8 if on_gpu else 2 * min(longest, tokens))
+            # a bit for each key in the fused form
+            forward += rows * (tokens // 8 if on_gpu else 0)
         if indexer != "frozen":
             # gradients of its queries, formed at once; absorbed queries of a step
             forward += rows * heads * width * size + (tokens + rows + anchors * H) * entry * size

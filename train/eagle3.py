@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from export.keymap import Op
 from train.blocks import MLP, Attention
 from train.dims import Dims
+from train.kernels.norm import RMSNorm
 from train.loss import head_loss
 
 __all__ = ["NOT_RANDOM", "Eagle3Layer", "initial_tensors", "maps"]
@@ -86,13 +87,13 @@ class Eagle3Layer(nn.Module):
         self.carries_norm = bool(config.get("norm_output"))
         self.fc = nn.Linear(len(self.aux_layers) * D, D, bias=False)
         norms = len(self.aux_layers) if config.get("fc_norm") else 0
-        self.fc_norm = nn.ModuleList(nn.RMSNorm(D, eps=eps) for _ in range(norms))
-        self.input_layernorm = nn.RMSNorm(D, eps=eps)
-        self.hidden_norm = nn.RMSNorm(D, eps=eps)
+        self.fc_norm = nn.ModuleList(RMSNorm(D, eps=eps) for _ in range(norms))
+        self.input_layernorm = RMSNorm(D, eps=eps)
+        self.hidden_norm = RMSNorm(D, eps=eps)
         self.self_attn = Attention(self.dims, 2 * D)
-        self.post_attention_layernorm = nn.RMSNorm(D, eps=eps)
+        self.post_attention_layernorm = RMSNorm(D, eps=eps)
         self.mlp = MLP(D, self.dims.intermediate_size)
-        self.norm = nn.RMSNorm(D, eps=eps)
+        self.norm = RMSNorm(D, eps=eps)
         size = config.get("draft_vocab_size")
         self.own_head = Head(size, D) if size else None
         self.draft_vocab_size = size or dims.vocab_size

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from train.blocks import DecoderLayer
 from train.dims import Dims
+from train.kernels.norm import RMSNorm
 
 __all__ = ["MTPLayer"]
 
@@ -43,7 +44,7 @@ class SharedHead(nn.Module):
 
     def __init__(self, dims: Dims) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
+        self.norm = RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
 
 
 class MTPLayer(DecoderLayer):
@@ -65,8 +66,8 @@ class MTPLayer(DecoderLayer):
 
     def __init__(self, dims: Dims) -> None:
         super().__init__(dims, dims.num_hidden_layers)
-        self.enorm = nn.RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
-        self.hnorm = nn.RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
+        self.enorm = RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
+        self.hnorm = RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
         self.eh_proj = nn.Linear(2 * dims.hidden_size, dims.hidden_size, bias=False)
         self.shared_head = SharedHead(dims)
         self.register_buffer("embed_tokens", torch.empty(0), persistent=False)

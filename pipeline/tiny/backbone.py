@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from configs.files import read_json
 from train.blocks import DecoderLayer, Gate
 from train.dims import Dims
+from train.kernels.norm import RMSNorm
 from train.mtp import MTPLayer
 
 __all__ = ["Backbone", "load_backbone"]
@@ -38,7 +39,7 @@ class Backbone(nn.Module):
         self.dims = dims
         self.embed_tokens = nn.Embedding(dims.vocab_size, dims.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(dims, i) for i in range(dims.num_hidden_layers))
-        self.norm = nn.RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
+        self.norm = RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
         self.lm_head = nn.Linear(dims.hidden_size, dims.vocab_size, bias=False)
         self.mtp = MTPLayer(dims)
 

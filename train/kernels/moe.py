@@ -31,14 +31,14 @@ BACKENDS: tuple[Backend, ...] = ("torch", "grouped_mm", "triton")
 
 
 def default_backend(x: Tensor, w1: Tensor) -> Backend:
-    """Triton in bfloat16 on sm_90, for which it has tiles, grouped_mm elsewhere, the loop where neither fits.
+    """Triton in bfloat16 on sm_90, for which it has tiles, grouped_mm on other GPUs; elsewhere the loop.
 
-    Both need rows of a multiple of 16 bytes.
+    The first two need rows of a multiple of 16 bytes.
     """
     aligned = all(n * x.element_size() % 16 == 0 for n in w1.shape[1:])
-    if not aligned or x.dtype not in (torch.bfloat16, torch.float32):
+    if x.device.type == "cpu" or not aligned or x.dtype not in (torch.bfloat16, torch.float32):
         return "torch"
-    hopper = x.device.type == "cuda" and torch.cuda.get_device_capability(x.device)[0] == 9
+    hopper = torch.cuda.get_device_capability(x.device)[0] == 9
     return "triton" if hopper and x.dtype == torch.bfloat16 else "grouped_mm"
 
 

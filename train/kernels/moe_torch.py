@@ -15,6 +15,13 @@ from train.kernels.routing import Routing
 
 __all__ = ["Grouped", "Loop"]
 
+# rows of a product are a multiple of this: the CPU's bfloat16 kernels are compiled anew for each shape
+ROWS = 32
+
+
+def _whole(rows: int) -> int:
+    return -(-rows // ROWS) * ROWS
+
 
 def gather_sum(rows_ND: Tensor, inverse_N: Tensor, topk: int) -> Tensor:
     """Sum of the K rows of each token, [T, D], added in float32 and in the order of the slots."""
@@ -109,23 +116,35 @@ class Experts:
         (dense, gathered), E = calls[0], len(bounds[0]) - 1
         shape = (gathered.shape[1], dense.shape[1]) if transposed else (dense.shape[1], gathered.shape[1])
         out = dense.new_empty(E, *shape)
-        for e in range(E):
+        counts = [sum(of[e + 1] - of[e] for of in bounds) for e in range(E)]
+        most = _whole(max(counts, default=0))
+        rows, inputs = dense.new_empty(most, dense.shape[1]), dense.new_empty(most, gathered.shape[1])
+        for e, count in enumerate(counts):
             spans = [slice(*of[e : e + 2]) for of in bounds]
-            rows = torch.cat([call[0][span] for call, span in zip(calls, spans, strict=True)])
+            torch.cat([call[0][span] for call, span in zip(calls, spans, strict=True)], out=rows[:count])
             chosen = [routing.token[span] for routing, span in zip(routings, spans, strict=True)]
-            inputs = torch.cat([x.index_select(0, t) for (_, x), t in zip(calls, chosen, strict=True)])
+            taken = [x.index_select(0, t) for (_, x), t in zip(calls, chosen, strict=True)]
+            torch.cat(taken, out=inputs[:count])
             # no rows, a product of zeros
-            torch.mm(inputs.t() if transposed else rows.t(), rows if transposed else inputs, out=out[e])
+            some = slice(0, _whole(count))
+            a, b = (inputs, rows) if transposed else (rows, inputs)
+            for x in (a, b):
+                x[count : some.stop] = 0
+            torch.mm(a[some].t(), b[some], out=out[e])
         return out
 
 
 class Loop(Experts):
-    """One matrix product for each expert that has rows; written straight into the stacked result."""
+    """One matrix product for each expert that has rows; written straight into the stacked result.
+
+    A product takes a multiple of `ROWS` rows: those too many are the next expert's, who writes over them.
+    """
 
     def __init__(self, routing: Routing) -> None:
         super().__init__(routing)
         bounds = routing.offsets.tolist()
-        self.spans = [(e, a, b) for e, (a, b) in enumerate(pairwise(bounds)) if b > a]
+        spans = ((e, a, b) for e, (a, b) in enumerate(pairwise(bounds)) if b > a)
+        self.spans = [(e, a, min(a + _whole(b - a), bounds[-1])) for e, a, b in spans]
 
     def multiply_nt(self, a: Tensor, w: Tensor) -> Tensor:
         out = a.new_empty(len(a), w.shape[1])
