@@ -141,13 +141,16 @@ def loss_rows(
     """
     wide = per_token_C.dtype
     t, t_at_C, t_lse_C, p, share_C = teacher
-    s_max_C, s_at_C = s_CV.max(-1)
-    torch.eq(s_at_C, t_at_C, out=agree_C)
     s = s_CV.to(wide)
+    s_max_C = s.amax(-1)
+    # to find a place is slow: only rows whose greatest logit the teacher's token has too are searched
+    torch.eq(s.gather(1, t_at_C[:, None])[:, 0], s_max_C, out=agree_C)
+    equal = agree_C.nonzero()[:, 0]
+    agree_C[equal] = s[equal].argmax(-1) == t_at_C[equal]
     if temperature != 1:
-        s, s_max_C = s / temperature, s_max_C.to(wide) / temperature
+        s, s_max_C = s / temperature, s_max_C / temperature
     q = s.softmax(-1)
-    s_lse_C = s_max_C.to(wide) - q.gather(1, s_at_C[:, None])[:, 0].log_()
+    s_lse_C = s_max_C - q.amax(-1).log_()
     if loss == "ce":
         assert target_C is not None
         token_C1 = target_C.clamp(0, s.shape[1] - 1)[:, None]
@@ -156,14 +159,8 @@ def loss_rows(
         torch.linalg.vecdot(p, torch.sub(t, s, out=s), out=per_token_C)
         apart_C = s_lse_C - t_lse_C
         per_token_C.add_(apart_C if share_C is None else apart_C * share_C)
+    torch.sum(torch.minimum(p, q, out=s), -1, out=overlap_C)
     difference = torch.sub(q, p, out=s)
-    if loss == "lk_alpha":
-        # its gradient divides by the overlap, however small
-        torch.sum(torch.minimum(p, q), -1, out=overlap_C)
-    else:
-        # min(p, q) = (p + q - |q - p|) / 2: one pass less
-        torch.linalg.vector_norm(difference, 1, -1, out=overlap_C)
-        overlap_C.sub_(1 if share_C is None else share_C).sub_(1).mul_(-0.5).clamp_min_(0)
     if loss == "lk_lambda":
         mix_C = overlap_C.mul(-ETA).exp_()
         per_token_C.mul_(mix_C).add_((1 - mix_C) * (1 - overlap_C))
