@@ -151,7 +151,8 @@ class _Dense(torch.autograd.Function):
         """Of each document its rows, the keys that they may see, and what is added to their scores: float
         [a, J], of step 0's keys and of the own ones."""
         A, H, _ = q_AHQ.shape
-        o_AHC, weights = v_THC.new_empty(A, H, v_THC.shape[-1]), []
+        o_AHC = v_THC.new_empty(A, H, v_THC.shape[-1])
+        weights: list[Tensor] = []
         for rows, keys, added_AJ in documents:
             q, k, v = (x.transpose(0, 1) for x in (q_AHQ[rows], k_THQ[keys], v_THC[keys]))
             J = k.shape[1]
@@ -225,7 +226,8 @@ def _by_document(
     def attend(q: Tensor, own: tuple[Tensor, Tensor] | None) -> Tensor:
         diagonal.extend(own or ())
         chosen = [None] * len(documents) if selection is None else selection.chosen
-        steps, seen = len(diagonal) // 2, []
+        steps = len(diagonal) // 2
+        seen: list[tuple[slice, slice, Tensor]] = []
         for (rows, keys, visible), places in zip(documents, chosen, strict=True):
             if rows.stop > rows.start:
                 kept = F.pad(visible, (0, steps), value=True)
