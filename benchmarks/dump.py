@@ -5,8 +5,8 @@ engine without it answers the same prompts through `LLM.generate`; at hidden siz
 answers, at 7,168 (two layers, few experts) they are given, so that a token costs little and its state much.
 Both engines are there all the time and take turns, the one that was second going first in the next round; a
 figure is the median over rounds. The first two do not count, for at first the engine's memory grows. A round
-ends when its last states are on disk; at 7,168, where that takes longest, it is three times as long, so that
-the wait weighs less, as in a dump of hours.
+ends when its last states are on disk; what of it comes after the engine's last step, which a dump of hours
+has only once, is printed as the drain. At 7,168, where most is written, rounds are three times as long.
 
 How busy the engine is: answers of mixed length, one part at a time, several, and everything at once.
 
@@ -139,20 +139,29 @@ class Both:
         theirs.close()
         self._rounds = 0
 
-    def capture(self, documents: Sequence[Document]) -> tuple[list[PartResult], float]:
-        """Take the documents in parts that are all open at once; what came of them, and seconds."""
+    def capture(self, documents: Sequence[Document]) -> tuple[list[PartResult], float, float]:
+        """Take the documents in parts that are all open at once.
+
+        Returns:
+            what came of them, the seconds it took, and how many of those came after the engine's last step.
+        """
         self._rounds += 1
         parts = [
             Part(f"round-{self._rounds}-{i}", tuple(documents[i : i + PART]))
             for i in range(0, len(documents), PART)
         ]
         self._session.settings = replace(self._session.settings, open_parts=len(parts))
-        started = time.monotonic()
-        results = list(self._session.run(parts))
-        seconds = time.monotonic() - started
+        started = computed = time.monotonic()
+
+        def progress(documents: int, tokens: int) -> None:
+            nonlocal computed
+            computed = time.monotonic()
+
+        results = list(self._session.run(parts, progress))
+        ended = time.monotonic()
         for directory in Path(self._session.settings.store, "parts").iterdir():
             shutil.rmtree(directory)
-        return results, seconds
+        return results, ended - started, ended - computed
 
     def generate(self, documents: Sequence[Document]) -> tuple[int, float]:
         """Answer them without states: tokens and seconds."""
@@ -175,7 +184,7 @@ def on_off(engine: EngineSettings, documents: Sequence[Document], seconds: float
         seconds: rounds go on until then.
     """
     both = Both(engine)
-    on, off, busy, megabytes = [], [], [], []
+    on, off, lasted, drained, busy, megabytes = [], [], [], [], [], []
     try:
         for _ in range(WARM_UP):
             both.capture(documents)
@@ -184,11 +193,13 @@ def on_off(engine: EngineSettings, documents: Sequence[Document], seconds: float
         while not on or time.monotonic() < end:
             if len(on) % 2:
                 tokens, without = both.generate(documents)
-            results, taken = both.capture(documents)
+            results, taken, drain = both.capture(documents)
             if len(on) % 2 == 0:
                 tokens, without = both.generate(documents)
             on.append(sum(r.tokens for r in results) / taken)
             off.append(tokens / without)
+            lasted.append(taken)
+            drained.append(drain)
             busy.append(sum(r.writer_seconds for r in results) / taken)
             megabytes.append(sum(r.bytes for r in results) / taken / 1e6)
             log("bench", f"round {len(on)}: {on[-1]:,.0f} tokens/s with capture, {off[-1]:,.0f} without")
@@ -202,6 +213,8 @@ def on_off(engine: EngineSettings, documents: Sequence[Document], seconds: float
         "on_off_least": round(min(ratios), 4),
         "on_off_most": round(max(ratios), 4),
         "rounds": len(on),
+        "round_seconds": round(statistics.median(lasted), 2),
+        "drain_seconds": round(statistics.median(drained), 3),
         "state_mb_per_second": round(statistics.median(megabytes), 2),
         "writers_busy": round(statistics.median(busy), 4),
     }

@@ -3,21 +3,27 @@
 import contextlib
 import ctypes
 import errno
+import fcntl
 import functools
 import math
+import mmap
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from configs.errors import StoreError
 
 __all__ = ["LocalObjects"]
 
 NOWAIT = getattr(os, "RWF_NOWAIT", 0)
-WRITE_BEHIND = 16 << 20  # bytes after which a file being written is pushed towards the disk
+DIRECT = getattr(os, "O_DIRECT", 0)
+BUFFER_BYTES = 2 << 20  # of a file being written, which has two
+BLOCK_BYTES = 4096  # what is written past the page cache begins and ends at multiples of it
 PARTIAL = ".partial"
 
 
@@ -55,6 +61,12 @@ def _start_writing(fd: int, offset: int, length: int) -> None:
     function = _sync_file_range()
     if function is not None and length:
         function(fd, offset, length, 2)  # SYNC_FILE_RANGE_WRITE
+
+
+def _memory() -> np.ndarray:
+    """A buffer that begins with a page."""
+    memory = mmap.mmap(-1, BUFFER_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(memory, np.uint8)
 
 
 def _sync(path: str) -> None:
@@ -123,33 +135,110 @@ class LocalFile:
 
 
 class LocalStream:
-    def __init__(self, path: str, durable: bool) -> None:
-        self.path, self.durable = path, durable
+    """A file being written; a durable one goes to the disk past the page cache, a buffer at a time.
+
+    A dump is larger than memory: its pages would be filled, written and thrown away, which takes a processor
+    three times as long as the copy into a buffer, and all that was left of them would be waited for at the
+    commit. While one buffer is on its way the next is filled. What does not fill one, and file systems that
+    refuse, go through the page cache.
+
+    Args:
+        path: of the file, which must not be there.
+        pool: a thread that writes buffers; None where nothing need be durable.
+    """
+
+    def __init__(self, path: str, pool: ThreadPoolExecutor | None) -> None:
+        self.path, self.pool = path, pool
         with _explained("write", path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        self.written = self.started = 0
+        self.buffer: np.ndarray | None = None if pool is None else _memory()
+        self.spare: np.ndarray | None = None
+        self.filled = self.written = 0
+        self.direct: bool | None = None  # not tried yet
+        self.pending: Future[None] | None = None
 
     def write(self, buffers: Sequence[Any]) -> None:
         data = [memoryview(b).cast("B") for b in buffers]
         with _explained("write", self.path):
-            while data:  # a write may be short
-                n = os.writev(self.fd, data[:1000])
-                self.written += n
-                while data and n >= len(data[0]):
-                    n -= len(data.pop(0))
-                if n:
-                    data[0] = data[0][n:]
-        if self.durable and self.written - self.started >= WRITE_BEHIND:
-            _start_writing(self.fd, self.started, self.written - self.started)
-            self.started = self.written
+            if self.buffer is None:
+                self._write(data)
+                return
+            for piece in data:
+                done = 0
+                while done < len(piece):
+                    part = piece[done : done + BUFFER_BYTES - self.filled]
+                    self.buffer[self.filled : self.filled + len(part)] = part
+                    done += len(part)
+                    self.filled += len(part)
+                    if self.filled == BUFFER_BYTES:
+                        self._swap()
+
+    def _swap(self) -> None:
+        """Have the full buffer written, and go on with the other."""
+        assert self.pool is not None
+        assert self.buffer is not None
+        if self.direct is None:
+            self._set_direct(bool(DIRECT))
+        self._wait()
+        self.pending = self.pool.submit(self._empty, self.buffer.data)
+        self.buffer, self.spare = _memory() if self.spare is None else self.spare, self.buffer
+        self.filled = 0
+
+    def _wait(self) -> None:
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+    def _empty(self, rest: memoryview) -> None:
+        """Write a buffer, directly as far as whole blocks go."""
+        if self.direct:
+            whole = len(rest) - len(rest) % BLOCK_BYTES
+            found = 0
+            try:
+                found = os.write(self.fd, rest[:whole])
+                self.written += found
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+            rest = rest[found:]
+            if rest:  # the end, or a file system with larger blocks
+                self._set_direct(False)
+        start = self.written
+        self._write([rest])
+        _start_writing(self.fd, start, self.written - start)
+
+    def _set_direct(self, direct: bool) -> None:
+        flags = fcntl.fcntl(self.fd, fcntl.F_GETFL)
+        try:
+            fcntl.fcntl(self.fd, fcntl.F_SETFL, flags | DIRECT if direct else flags & ~DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            direct = False
+        self.direct = direct
+
+    def _write(self, data: list[memoryview]) -> None:
+        data = [piece for piece in data if piece]
+        while data:  # a write may be short
+            n = os.writev(self.fd, data[:1000])
+            self.written += n
+            while data and n >= len(data[0]):
+                n -= len(data.pop(0))
+            if n:
+                data[0] = data[0][n:]
 
     def close(self) -> None:
-        if self.fd >= 0 and self.durable:
-            _start_writing(self.fd, self.started, self.written - self.started)
+        with _explained("write", self.path):
+            self._wait()
+            if self.buffer is not None and self.filled:
+                self._empty(self.buffer.data[: self.filled])
         self.abort()
 
     def abort(self) -> None:
+        with contextlib.suppress(OSError):
+            self._wait()
+        self.buffer = self.spare = None
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -192,15 +281,20 @@ class LocalObjects:
                 _sync(directory)
 
     def stream(self, name: str) -> LocalStream:
-        return LocalStream(self._path(name), self.durable)
+        return LocalStream(self._path(name), self._pool if self.durable else None)
+
+    @functools.cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, thread_name_prefix="layer61-disk")
 
     def put(self, objects: Mapping[str, bytes]) -> None:
         for name, data in objects.items():
             stream = self.stream(name)
             try:
                 stream.write([data])
-            finally:
                 stream.close()
+            finally:
+                stream.abort()
 
     def sync(self, prefix: str) -> None:
         """Wait until everything below `prefix` is on disk; in parallel, so that a journal commits once."""

@@ -1,8 +1,10 @@
 """What is written is what is read: over shapes, parts, versions, codecs and the operations on whole parts."""
 
 import json
+import resource
 import shutil
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from configs.errors import (
     StoreNotFoundError,
     StoreVersionError,
 )
-from featurestore import Loader, StoreWriter, open_store, part_exists, publish
+from featurestore import Loader, StoreWriter, local, open_store, part_exists, publish
 from featurestore.layout import dump_json, group_metadata
 from featurestore.manifest import read_index
 from featurestore.objects import open_objects
@@ -291,6 +293,39 @@ def test_a_block_that_raises_discards_its_part(tmp_path) -> None:
     with pytest.raises(RuntimeError):
         fail()
     assert list((tmp_path / "parts").iterdir()) == []
+
+
+@pytest.mark.parametrize("direct", [local.DIRECT, 0], ids=["past the page cache", "where that is refused"])
+def test_files_of_any_length_hold_what_was_written(tmp_path, monkeypatch, direct) -> None:
+    monkeypatch.setattr(local, "DIRECT", direct)
+    full = local.BUFFER_BYTES
+    data = np.random.default_rng(0).integers(0, 256, 3 * full, np.uint8).tobytes()
+    objects = open_objects(tmp_path)
+    for length in (0, 1, full - 1, full, full + 1, 2 * full, 2 * full + 4096, 2 * full + 5000):
+        stream = objects.stream(f"{length}")
+        for start in range(0, length, 300_007):
+            stream.write([data[start : min(start + 300_007, length)]])
+        stream.close()
+        assert (tmp_path / f"{length}").read_bytes() == data[:length]
+
+
+def test_a_file_that_outgrows_the_disk_fails_by_name(tmp_path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer, wide = StoreWriter(tmp_path, CONTRACT, part="a"), make(1, 4000)
+
+    def fill() -> None:
+        for uid in range(40):
+            append(writer, replace(wide, uid=uid))
+        writer.commit()
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    try:
+        with pytest.raises(StoreError, match="File too large; part a is lost"):
+            fill()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    writer.discard()
+    assert not part_exists(tmp_path, "a")
 
 
 def test_writing_holds_one_chunk_in_memory(tmp_path) -> None:

@@ -29,8 +29,10 @@ from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_paral
 from vllm.model_executor.models.deepseek_v2 import DeepseekV3ForCausalLM
 from vllm.model_executor.models.extract_hidden_states import (
     CacheOnlyAttentionBackend,
+    CacheOnlyAttentionImpl,
     CacheOnlyAttentionLayer,
     CacheOnlyAttentionMetadataBuilder,
+    basic_cache,
 )
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.models.deepseek_v32 import DeepseekV32ForCausalLM
@@ -43,6 +45,8 @@ __all__ = ["CapturingDeepseekV3ForCausalLM", "CapturingDeepseekV32ForCausalLM", 
 
 CONNECTOR = "StoreConnector"
 
+WORD = torch.complex128  # of sixteen bytes, which are copied as they are
+
 
 class StatesBuilder(CacheOnlyAttentionMetadataBuilder):
     _cudagraph_support = AttentionCGSupport.ALWAYS
@@ -54,12 +58,23 @@ class StatesBackend(CacheOnlyAttentionBackend):
         return StatesBuilder
 
 
+class StatesImpl(CacheOnlyAttentionImpl):
+    def do_kv_cache_update(
+        self, layer: Any, to_cache: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        # a CPU scatters these three times as fast as single numbers
+        basic_cache(to_cache.view(WORD), kv_cache.view(WORD), slot_mapping)
+
+
 class StatesLayer(CacheOnlyAttentionLayer):
-    """vLLM's layer that only caches, with the backend that may be part of a CUDA graph."""
+    """vLLM's layer that only caches: by words, and with the backend that may be part of a CUDA graph."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.attn_backend = StatesBackend
+        self.impl = StatesImpl(
+            self.num_heads, self.head_size, self.impl.kv_cache_dtype, self.kv_cache_torch_dtype
+        )
 
 
 def take_inputs(layers: nn.ModuleList, chosen: list[int]) -> list[torch.Tensor]:

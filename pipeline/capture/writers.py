@@ -23,13 +23,24 @@ from pipeline.loops import loop_share
 
 __all__ = ["OpenPart", "Writers", "digest"]
 
-# of the bits of a bf16; what is not a number has larger bits than infinity
-MAGNITUDE, INFINITY = 0x7FFF, 0x7F80
+# bits of bf16; what is not a number has larger ones than the infinity of its sign
+MAGNITUDE, INFINITY, MINUS_INFINITY = 0x7FFF, 0x7F80, 0xFF80
+LOOK_AT = 1 << 17  # values at a time: the second look finds them in the cache
 
 
 def digest(token_ids: Any) -> int:
     """crc32c of token ids as little-endian uint32, by which driver and worker compare what they hold."""
     return crc32c(np.asarray(token_ids, "<u4").tobytes())
+
+
+def _not_finite(bits: np.ndarray) -> int | None:
+    """Place of the first bf16, given as uint16, that is infinite or not a number; None if all are numbers."""
+    for start in range(0, len(bits), LOOK_AT):
+        block = bits[start : start + LOOK_AT]
+        # read twice, as signed and as unsigned, and nothing written; `isfinite` takes 40 times as long
+        if block.view(np.int16).max() >= INFINITY or block.max() >= MINUS_INFINITY:
+            return start + int(((block & MAGNITUDE) >= INFINITY).argmax())
+    return None
 
 
 @dataclass
@@ -218,10 +229,9 @@ class Writers:
         hidden = job.hidden_TSD.to(torch.bfloat16)
         if len(hidden) != len(job.token_ids):
             return None, f"{len(hidden)} states for {len(job.token_ids)} tokens"
-        # by their bits, which is 40 times faster than `isfinite` of bf16
-        finite_T = (hidden.view(torch.int16) & MAGNITUDE).flatten(1).amax(-1) < INFINITY
-        if not finite_T.all():
-            return None, f"the state of token {int(finite_T.long().argmin())} is not finite"
+        place = _not_finite(hidden.contiguous().view(torch.uint16).numpy().reshape(-1))
+        if place is not None:
+            return None, f"the state of token {place // hidden[0].numel()} is not finite"
         return hidden, None
 
     def _loops(self, job: Job) -> tuple[tuple[int, int], str | None]:
