@@ -25,7 +25,7 @@ __all__ = ["OpenPart", "Writers", "digest"]
 
 # bits of bf16; what is not a number has larger ones than the infinity of its sign
 MAGNITUDE, INFINITY, MINUS_INFINITY = 0x7FFF, 0x7F80, 0xFF80
-LOOK_AT = 1 << 17  # values at a time: the second look finds them in the cache
+LOOK_AT = 1 << 19  # values at a time: the second look finds them in the cache
 
 
 def digest(token_ids: Any) -> int:
