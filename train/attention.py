@@ -38,6 +38,8 @@ COMPILER: dict[str, Any] = {"cuda": "inductor"}
 """Backend of torch.compile for the `blocks` form by type of device; uncompiled where none is named."""
 BLOCK = 128
 """Rows and keys of a block of flex attention."""
+PIECE = 256
+"""Rows of a piece of a document in the `documents` form; no piece scores keys beyond its last row's."""
 GRAPHS = 64
 """Most graphs of one function, beyond which compiling raises: two for each number of draft steps."""
 
@@ -136,7 +138,7 @@ def attend_dense(
 
 
 class _Dense(torch.autograd.Function):
-    """`attend_dense` document by document, in few passes over the scores; of them the weights are kept."""
+    """`attend_dense` piece by piece, in few passes over the scores; of them the weights are kept."""
 
     @staticmethod
     def forward(
@@ -145,16 +147,16 @@ class _Dense(torch.autograd.Function):
         k_THQ: Tensor,
         v_THC: Tensor,
         scale: float,
-        documents: list[tuple[slice, slice, Tensor]],
+        pieces: list[tuple[slice, slice, Tensor]],
         *own: Tensor,
     ) -> Tensor:
-        """Of each document its rows, the keys that they may see, and what is added to their scores: float
+        """Of each piece its rows, the keys that they may see, and what is added to their scores: float
         [a, J], of step 0's keys and of the own ones."""
         A, H, _ = q_AHQ.shape
         o_AHC = v_THC.new_empty(A, H, v_THC.shape[-1])
         weights: list[Tensor] = []
-        for rows, keys, added_AJ in documents:
-            q, k, v = (x.transpose(0, 1) for x in (q_AHQ[rows], k_THQ[keys], v_THC[keys]))
+        for rows, keys, added_AJ in pieces:
+            q, k, v = (x.transpose(0, 1).contiguous() for x in (q_AHQ[rows], k_THQ[keys], v_THC[keys]))
             J = k.shape[1]
             logits = added_AJ.new_empty(H, *added_AJ.shape)
             torch.add(added_AJ[:, :J], q @ k.mT, alpha=scale, out=logits[..., :J])
@@ -168,7 +170,7 @@ class _Dense(torch.autograd.Function):
             weights.append(p)
         ctx.save_for_backward(q_AHQ, k_THQ, v_THC, *own, *weights)
         ctx.scale, ctx.num_own = scale, len(own)
-        ctx.places = [(rows, keys) for rows, keys, _ in documents]
+        ctx.places = [(rows, keys) for rows, keys, _ in pieces]
         return o_AHC
 
     @staticmethod
@@ -176,25 +178,27 @@ class _Dense(torch.autograd.Function):
     def backward(ctx: Any, grad_AHC: Tensor) -> tuple[Tensor | None, ...]:
         q_AHQ, k_THQ, v_THC, *rest = ctx.saved_tensors
         own, weights = rest[: ctx.num_own], rest[ctx.num_own :]
-        dq, dk, dv = torch.empty_like(q_AHQ), torch.zeros_like(k_THQ), torch.zeros_like(v_THC)
+        # a key is in several pieces
+        wide = torch.promote_types(k_THQ.dtype, torch.float32)
+        dq, dk, dv = torch.empty_like(q_AHQ), *(torch.zeros_like(x, dtype=wide) for x in (k_THQ, v_THC))
         d_own = [torch.empty_like(x) for x in own]
         for (rows, keys), p in zip(ctx.places, weights, strict=True):
             q, grad = q_AHQ[rows], grad_AHC[rows]
-            k, v, grad_HAC = (x.transpose(0, 1) for x in (k_THQ[keys], v_THC[keys], grad))
+            k, v, grad_HAC = (x.transpose(0, 1).contiguous() for x in (k_THQ[keys], v_THC[keys], grad))
             J, d = k.shape[1], torch.empty_like(p)
-            d[..., :J] = grad_HAC @ v.mT
+            torch.bmm(grad_HAC, v.mT, out=d[..., :J])
             for r, v_own in enumerate(own[1::2]):
                 d[..., J + r] = _dot(grad, v_own[rows]).t()
             d = torch.ops.aten._softmax_backward_data(d, p, -1, p.dtype).mul_(ctx.scale)
             dq[rows] = (d[..., :J] @ k).transpose(0, 1)
-            dk[keys] = (d[..., :J].mT @ q.transpose(0, 1)).transpose(0, 1)
-            dv[keys] = (p[..., :J].mT @ grad_HAC).transpose(0, 1)
+            dk[keys] += (d[..., :J].mT @ q.transpose(0, 1)).transpose(0, 1)
+            dv[keys] += (p[..., :J].mT @ grad_HAC).transpose(0, 1)
             for r, k_own in enumerate(own[::2]):
                 d_AH1, p_AH1 = (x[..., J + r].t()[..., None] for x in (d, p))
                 dq[rows].addcmul_(d_AH1, k_own[rows])
                 torch.mul(d_AH1, q, out=d_own[2 * r][rows])
                 torch.mul(p_AH1, grad, out=d_own[2 * r + 1][rows])
-        return dq, dk, dv, None, None, *d_own
+        return dq, dk.to(k_THQ.dtype), dv.to(v_THC.dtype), None, None, *d_own
 
 
 def _by_document(
@@ -209,13 +213,15 @@ def _by_document(
     bounds = cu_seqlens.tolist()
     wide = torch.promote_types(k_THQ.dtype, torch.float32)
     edges = torch.searchsorted(anchors, cu_seqlens.long()).tolist()
-    documents: list[tuple[slice, slice, Tensor]] = []
-    for start, (first, last) in zip(bounds, itertools.pairwise(edges), strict=False):
-        places = anchors[first:last] - start
-        # nobody looks beyond the last anchor
-        end = int(places[-1]) + 1 if last > first else 0
-        visible = torch.arange(end, device=anchors.device) <= places[:, None]
-        documents.append((slice(first, last), slice(start, start + end), visible))
+    # of a piece: its document, its rows, the keys that it sees, and which row sees which
+    pieces: list[tuple[int, slice, slice, Tensor]] = []
+    for document, (first, last) in enumerate(itertools.pairwise(edges)):
+        for a in range(first, last, PIECE):
+            start, places = bounds[document], anchors[a : min(a + PIECE, last)] - bounds[document]
+            # nobody looks beyond the last anchor
+            end = int(places[-1]) + 1
+            visible = torch.arange(end, device=anchors.device) <= places[:, None]
+            pieces.append((document, slice(a, a + len(places)), slice(start, start + end), visible))
     diagonal: list[Tensor] = []
 
     def added(visible_AJ: Tensor) -> Tensor:
@@ -225,15 +231,16 @@ def _by_document(
 
     def attend(q: Tensor, own: tuple[Tensor, Tensor] | None) -> Tensor:
         diagonal.extend(own or ())
-        chosen = [None] * len(documents) if selection is None else selection.chosen
         steps = len(diagonal) // 2
         seen: list[tuple[slice, slice, Tensor]] = []
-        for (rows, keys, visible), places in zip(documents, chosen, strict=True):
-            if rows.stop > rows.start:
-                kept = F.pad(visible, (0, steps), value=True)
-                if places is not None:
-                    kept = marked(places, visible.shape[1] + steps)
-                seen.append((rows, keys, added(kept)))
+        for document, rows, keys, visible in pieces:
+            kept = F.pad(visible, (0, steps), value=True)
+            if selection is not None and (places := selection.chosen[document]) is not None:
+                mine, _, candidates = selection.documents[document]
+                count, end = len(candidates.k_TI), keys.stop - keys.start
+                bits = marked(places[rows.start - mine.start : rows.stop - mine.start], count + steps)
+                kept = torch.cat((bits[:, :end], bits[:, count:]), -1)
+            seen.append((rows, keys, added(kept)))
         return _Dense.apply(q, k_THQ, v_THC, scale, seen, *diagonal)
 
     return attend

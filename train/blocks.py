@@ -31,9 +31,8 @@ def rotary(x: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     Returns:
         The rotated tensor, in the order and dtype of `x`.
     """
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos_TR[:, None], sin_TR[:, None]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.complex(cos_TR, sin_TR)[:, None]).flatten(-2).to(x.dtype)
 
 
 class Projected(NamedTuple):
@@ -93,7 +92,7 @@ class Attention(nn.Module):
         latent_TL, k_pe = self.kv_a_proj_with_mqa(x_TD).split((dims.kv_lora_rank, rope), -1)
         latent_TL, k_pe = self.kv_a_layernorm(latent_TL), rotary(k_pe[:, None], cos, sin)[:, 0]
         if rows_A is not None:
-            x_TD, cos, sin = x_TD[rows_A], cos[rows_A], sin[rows_A]
+            x_TD, cos, sin = (x.index_select(0, rows_A) for x in (x_TD, cos, sin))
         compressed = self.q_a_layernorm(self.q_a_proj(x_TD))
         q = self.q_b_proj(compressed).unflatten(-1, (heads, -1))
         q_nope, q_pe = q.split((dims.qk_nope_head_dim, rope), -1)

@@ -62,8 +62,10 @@ class Scored:
 
     def students(self, states_SAD: Tensor) -> Tensor:
         """Gather the predicting states, [S, M, D]."""
-        steps = torch.arange(len(states_SAD), device=states_SAD.device)[:, None]
-        return states_SAD[steps, self.place]
+        first_S1 = torch.arange(len(states_SAD), device=states_SAD.device)[:, None] * states_SAD.shape[1]
+        # indexing would sort in its backward
+        rows = states_SAD.flatten(0, 1).index_select(0, (self.place + first_S1).flatten())
+        return rows.unflatten(0, self.place.shape)
 
 
 def select(loss_mask: Tensor, cu_seqlens: Tensor, num_steps: int) -> Scored:
@@ -163,9 +165,9 @@ def unroll(
         keeps = sparse or (watch is not None and watch.over == "kept")
         topk = layer.dims.index_topk if keeps else T + num_steps
         selection = Selection(anchors, cu_seqlens, index.k_TI, topk)
-    x_AD, q_AHQ = (x_TD, made.q_AHQ) if asked is None else (x_TD[anchors], made.q_AHQ)
+    x_AD, q_AHQ = (x_TD, made.q_AHQ) if asked is None else (x_TD.index_select(0, anchors), made.q_AHQ)
     if asked is not None and not indexed:
-        q_AHQ = q_AHQ[anchors]
+        q_AHQ = q_AHQ.index_select(0, anchors)
     if attention == "gather":
         if not sparse or selection is None:
             raise ValueError("attention: found 'gather' with dense attention, expected sparse=True")

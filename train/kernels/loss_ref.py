@@ -156,7 +156,7 @@ def loss_rows(
         token_C1 = target_C.clamp(0, s.shape[1] - 1)[:, None]
         torch.sub(s_lse_C, s.gather(1, token_C1)[:, 0], out=per_token_C)
     if loss in ("kl", "lk_lambda"):
-        torch.linalg.vecdot(p, torch.sub(t, s, out=s), out=per_token_C)
+        torch.sum(torch.sub(t, s, out=s).mul_(p), -1, out=per_token_C)
         apart_C = s_lse_C - t_lse_C
         per_token_C.add_(apart_C if share_C is None else apart_C * share_C)
     torch.sum(torch.minimum(p, q, out=s), -1, out=overlap_C)

@@ -1,6 +1,6 @@
 """The experts in plain torch operators: matrix products expert by expert, or through `grouped_mm`.
 
-Rows are sorted by expert once; everything that is not a matrix product works on all rows together.
+Rows are sorted by expert once; everything between two products works on all rows together.
 
 Legend: T tokens, D model width, F expert width, E experts, K experts a token, N = T * K sorted rows.
 """
@@ -23,25 +23,25 @@ def _whole(rows: int) -> int:
     return -(-rows // ROWS) * ROWS
 
 
-def gather_sum(rows_ND: Tensor, inverse_N: Tensor, topk: int) -> Tensor:
-    """Sum of the K rows of each token, [T, D], added in float32 and in the order of the slots."""
-    return F.embedding_bag(inverse_N.view(-1, topk), rows_ND, mode="sum")
-
-
 class Experts:
-    """Forward and backward in terms of two products over the sorted rows of each expert.
+    """Forward and backward in terms of two products with stacked matrices, over the sorted rows.
 
-    multiply_nt(a [N, k], w [E, m, k]) -> a w[e]^T  [N, m]
-    multiply_nn(a [N, m], w [E, m, k]) -> a w[e]    [N, k]
+    Args:
+        routing: where the rows of a token lie.
     """
 
     def __init__(self, routing: Routing) -> None:
         self.routing = routing
 
-    def multiply_nt(self, a: Tensor, w: Tensor) -> Tensor:
+    def apart(self, x_TA: Tensor, *stacks_EAB: Tensor) -> list[Tensor]:
+        """x[token] w[e] of each row with each stack, [N, B]."""
         raise NotImplementedError
 
-    def multiply_nn(self, a: Tensor, w: Tensor) -> Tensor:
+    def together(self, like_TB: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
+        """Sum of r w[e] over the rows of a token and the pairs of rows r [N, A] and a stack w [E, A, B].
+
+        Shape and dtype are those of `like_TB`; it is added up in float32.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -50,16 +50,11 @@ class Experts:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """y [T, D], and gate and up products [N, F] for the backward."""
         self = cls(routing)
-        T, K = topk_weights.shape
-        x_ND = x.index_select(0, routing.token)
-        g_NF, u_NF = self.multiply_nt(x_ND, w1), self.multiply_nt(x_ND, w3)
+        g_NF, u_NF = self.apart(x, w1.mT, w3.mT)
         # the router weight goes in before the down projection, where rows are narrower; what is left is a sum
         weight_N1 = topk_weights.reshape(-1).index_select(0, routing.order)[:, None]
-        h_NF = (F.silu(g_NF) * u_NF).mul_(weight_N1.to(x.dtype))
-        y_ND = self.multiply_nt(h_NF, w2)
-        if not T * K:
-            return torch.zeros_like(x), g_NF, u_NF
-        return gather_sum(y_ND, routing.inverse, K), g_NF, u_NF
+        h_NF = F.silu(g_NF).mul_(u_NF).mul_(weight_N1.to(x.dtype))
+        return self.together(x, (h_NF, w2.mT)), g_NF, u_NF
 
     @classmethod
     def backward(
@@ -86,7 +81,7 @@ class Experts:
         silu_NF = F.silu(g_NF)
         h_NF = silu_NF * u_NF
         # gradient of the expert's own output is weight * dy; the weight is taken out of the product
-        dh_NF = self.multiply_nn(dy.index_select(0, routing.token), w2)
+        (dh_NF,) = self.apart(dy, w2)
         if need_weights:
             dweight_N = torch.linalg.vecdot(dh_NF.to(wide), h_NF.to(wide))
             dweights = dweight_N.index_select(0, routing.inverse).view(-1, K)
@@ -95,8 +90,7 @@ class Experts:
         du_NF = silu_NF.mul_(dh_NF)
         dg_NF = torch.ops.aten.silu_backward(dh_NF.mul_(u_NF), g_NF)
         if need_x:
-            dx_ND = self.multiply_nn(dg_NF, w1).add_(self.multiply_nn(du_NF, w3))
-            dx = gather_sum(dx_ND, routing.inverse, K) if len(dx_ND) else torch.zeros_like(x)
+            dx = self.together(x, (dg_NF, w1), (du_NF, w3))
         return dx, dweights, dg_NF, du_NF, h_NF
 
     @staticmethod
@@ -120,22 +114,23 @@ class Experts:
         most = _whole(max(counts, default=0))
         rows, inputs = dense.new_empty(most, dense.shape[1]), dense.new_empty(most, gathered.shape[1])
         for e, count in enumerate(counts):
-            spans = [slice(*of[e : e + 2]) for of in bounds]
-            torch.cat([call[0][span] for call, span in zip(calls, spans, strict=True)], out=rows[:count])
-            chosen = [routing.token[span] for routing, span in zip(routings, spans, strict=True)]
-            taken = [x.index_select(0, t) for (_, x), t in zip(calls, chosen, strict=True)]
-            torch.cat(taken, out=inputs[:count])
+            a = 0
+            for (d, x), routing, of in zip(calls, routings, bounds, strict=True):
+                span, b = slice(of[e], of[e + 1]), a + of[e + 1] - of[e]
+                rows[a:b] = d[span]
+                torch.index_select(x, 0, routing.token[span], out=inputs[a:b])
+                a = b
             # no rows, a product of zeros
             some = slice(0, _whole(count))
-            a, b = (inputs, rows) if transposed else (rows, inputs)
-            for x in (a, b):
+            left, right = (inputs, rows) if transposed else (rows, inputs)
+            for x in (left, right):
                 x[count : some.stop] = 0
-            torch.mm(a[some].t(), b[some], out=out[e])
+            torch.mm(left[some].t(), right[some], out=out[e])
         return out
 
 
 class Loop(Experts):
-    """One matrix product for each expert that has rows; written straight into the stacked result.
+    """One matrix product for each expert that has rows, gathered and added up while they fit a cache.
 
     A product takes a multiple of `ROWS` rows: those too many are the next expert's, who writes over them.
     """
@@ -144,19 +139,29 @@ class Loop(Experts):
         super().__init__(routing)
         bounds = routing.offsets.tolist()
         spans = ((e, a, b) for e, (a, b) in enumerate(pairwise(bounds)) if b > a)
-        self.spans = [(e, a, min(a + _whole(b - a), bounds[-1])) for e, a, b in spans]
+        self.spans = [(e, a, b, min(a + _whole(b - a), bounds[-1])) for e, a, b in spans]
+        self.most = max((j - a for _, a, _, j in self.spans), default=0)
 
-    def multiply_nt(self, a: Tensor, w: Tensor) -> Tensor:
-        out = a.new_empty(len(a), w.shape[1])
-        for e, i, j in self.spans:
-            torch.mm(a[i:j], w[e].t(), out=out[i:j])
+    def apart(self, x_TA: Tensor, *stacks_EAB: Tensor) -> list[Tensor]:
+        token_N = self.routing.token
+        taken = x_TA.new_empty(self.most, x_TA.shape[1])
+        out = [x_TA.new_empty(len(token_N), w.shape[2]) for w in stacks_EAB]
+        for e, a, _, j in self.spans:
+            rows = torch.index_select(x_TA, 0, token_N[a:j], out=taken[: j - a])
+            for w, o in zip(stacks_EAB, out, strict=True):
+                torch.mm(rows, w[e], out=o[a:j])
         return out
 
-    def multiply_nn(self, a: Tensor, w: Tensor) -> Tensor:
-        out = a.new_empty(len(a), w.shape[2])
-        for e, i, j in self.spans:
-            torch.mm(a[i:j], w[e], out=out[i:j])
-        return out
+    def together(self, like_TB: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
+        token_N = self.routing.token
+        made = like_TB.new_empty(self.most, like_TB.shape[1])
+        total = torch.zeros_like(like_TB, dtype=torch.promote_types(like_TB.dtype, torch.float32))
+        for e, a, b, j in self.spans:
+            out = made[: j - a]
+            for n, (rows, w) in enumerate(pairs):
+                torch.addmm(out, rows[a:j], w[e], beta=1 if n else 0, out=out)
+            total.index_add_(0, token_N[a:b], out[: b - a].to(total.dtype))
+        return total.to(like_TB.dtype)
 
 
 class Grouped(Experts):
@@ -166,8 +171,16 @@ class Grouped(Experts):
         super().__init__(routing)
         self.ends = routing.offsets[1:].int()
 
-    def multiply_nt(self, a: Tensor, w: Tensor) -> Tensor:
-        return F.grouped_mm(a, w.transpose(1, 2), offs=self.ends)
+    def apart(self, x_TA: Tensor, *stacks_EAB: Tensor) -> list[Tensor]:
+        rows = x_TA.index_select(0, self.routing.token)
+        return [F.grouped_mm(rows, w, offs=self.ends) for w in stacks_EAB]
 
-    def multiply_nn(self, a: Tensor, w: Tensor) -> Tensor:
-        return F.grouped_mm(a, w, offs=self.ends)
+    def together(self, like_TB: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
+        if not len(self.routing.order):
+            return torch.zeros_like(like_TB)
+        rows_NB, *more = (F.grouped_mm(rows, w, offs=self.ends) for rows, w in pairs)
+        for rows in more:
+            rows_NB.add_(rows)
+        # the rows of each token, in the order of its slots
+        slots_TK = self.routing.inverse.view(len(like_TB), -1)
+        return F.embedding_bag(slots_TK, rows_NB, mode="sum")
