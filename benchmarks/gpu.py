@@ -35,7 +35,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from typing import Any, NamedTuple
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,8 @@ from train.unroll import select, unroll
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 Emit = Callable[..., None]
+# seven interpreters would import torch, triton and all of this again
+FORK = multiprocessing.get_context("fork")
 GIB = 2**30
 TOTAL = 540
 # seconds before the end of its budget at which a part that can stops by itself
@@ -487,9 +490,6 @@ def tiles(place: Place, emit: Emit) -> None:
             fastest=[{"tile": tile, "ms": times[name][tile]} for tile in fastest],
             left=sum(other == name for other, _ in running.values()),
         )
-    # compilers that are still at work would be waited for
-    for process in list((pool._processes or {}).values()):
-        process.terminate()
 
 
 PARTS: dict[str, tuple[Callable[[Place, Emit], None], int]] = {
@@ -503,38 +503,53 @@ PARTS: dict[str, tuple[Callable[[Place, Emit], None], int]] = {
 """What each part runs, and its budget in seconds; the last takes what is left."""
 
 
-def inside(name: str, ends: float, tiny: bool) -> int:
-    """Run a part in this process: rows on stdout as JSON, whatever else is printed on stderr."""
-    rows = os.fdopen(os.dup(1), "w")
+def machine(place: Place, emit: Emit) -> None:
+    """Device, versions and commit.
+
+    Raises:
+        RuntimeError: there is no GPU, and sizes for one are asked for.
+    """
+    if not place.tiny and place.device.type != "cuda":
+        raise RuntimeError("no GPU is visible; --tiny checks the program without one")
+    emit(**gate.describe(place.device))
+
+
+def inside(run: Callable[[Place, Emit], None], ends: float, tiny: bool, rows: Connection) -> NoReturn:
+    """Run a part in this process: its rows into the pipe, whatever it prints on stderr."""
+    os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.dup2(2, 1)
 
     def emit(**row: Any) -> None:
-        print(json.dumps(row), file=rows, flush=True)
+        rows.send_bytes(json.dumps(row).encode())
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    code = 0
     try:
-        PARTS[name][0](Place(device, tiny, ends), emit)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        run(Place(device, tiny, ends), emit)
     except (Exception, SystemExit) as error:
         emit(error=f"{type(error).__name__}: {error}"[:2000])
-        return 1
-    return 0
+        code = 1
+    sys.stderr.flush()
+    # compilers that are still at work would be waited for
+    os._exit(code)
 
 
-def run_part(name: str, seconds: float, tiny: bool) -> dict[str, Any]:
-    """Run a part in a process of its own, with all that it starts; returns its line."""
+def run_part(name: str, run: Callable[[Place, Emit], None], seconds: float, tiny: bool) -> dict[str, Any]:
+    """Run a part in a process of its own, with all that it starts; returns its line.
+
+    The process is a fork of this one, which has imported everything and must not have touched the GPU.
+    """
     began, cut = time.monotonic(), threading.Event()
-    command = [sys.executable, "-m", "benchmarks.gpu", name, "--ends", str(began + seconds)]
-    process = subprocess.Popen(
-        [*command, *["--tiny"] * tiny],
-        cwd=gate.ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    rows, theirs = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=inside, args=(run, began + seconds, tiny, theirs))
+    process.start()
+    theirs.close()
 
     def stop() -> None:
+        process.kill()
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(process.ident, signal.SIGKILL)
 
     def cut_off() -> None:
         cut.set()
@@ -544,24 +559,27 @@ def run_part(name: str, seconds: float, tiny: bool) -> dict[str, Any]:
     timer.start()
     measured, error = [], None
     try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            print(f"{name}: {line}", end="", file=sys.stderr, flush=True)
-            row = json.loads(line)
-            if row.keys() == {"error"}:
-                error = row["error"]
-            else:
-                measured.append(row)
-        process.wait()
+        with contextlib.suppress(EOFError):
+            while True:
+                line = rows.recv_bytes().decode()
+                print(f"{name}: {line}", file=sys.stderr, flush=True)
+                row = json.loads(line)
+                if row.keys() == {"error"}:
+                    error = row["error"]
+                else:
+                    measured.append(row)
+        process.join()
     finally:
         timer.cancel()
         stop()
+        # a fork copies no thread but its own
+        timer.join()
     if cut.is_set():
         error = f"cut off after {seconds:.3g} s"
-    elif process.returncode and error is None:
-        error = f"ended with {process.returncode}"
-    line = {"part": name, "seconds": round(time.monotonic() - began, 1), "measured": measured}
-    return line | ({"error": error} if error else {})
+    elif process.exitcode and error is None:
+        error = f"ended with {process.exitcode}"
+    found = {"part": name, "seconds": round(time.monotonic() - began, 1), "measured": measured}
+    return found | ({"error": error} if error else {})
 
 
 def budget(text: str) -> tuple[str, float]:
@@ -578,27 +596,24 @@ def main() -> int:
     parser.add_argument("--total", type=float, default=TOTAL, help="seconds for all parts")
     parser.add_argument("--budget", nargs="+", type=budget, default=[], metavar="PART=SECONDS")
     parser.add_argument("--tiny", action="store_true", help="small sizes, for a machine without a GPU")
-    parser.add_argument("--ends", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
-    if arguments.ends is not None:
-        return inside(arguments.parts[0], arguments.ends, arguments.tiny)
-    if not arguments.tiny and not torch.cuda.is_available():
-        parser.error("no GPU is visible; --tiny checks the program without one")
     # ended from outside, it takes the part that runs with it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     began, budgets, failed = time.monotonic(), dict(arguments.budget), False
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(json.dumps({"part": "machine", **gate.describe(device)}), flush=True)
-    for name, (_, seconds) in PARTS.items():
+    described = run_part("machine", machine, 60, arguments.tiny)
+    if "error" in described:
+        parser.error(described["error"])
+    print(json.dumps({"part": "machine", **described["measured"][0]}), flush=True)
+    for name, (run, seconds) in PARTS.items():
         if arguments.parts and name not in arguments.parts:
             continue
         left = arguments.total - (time.monotonic() - began)
         if left < 1:
             line: dict[str, Any] = {"part": name, "seconds": 0.0, "measured": [], "error": "no time was left"}
         else:
-            line = run_part(name, min(budgets.get(name, seconds), left), arguments.tiny)
+            line = run_part(name, run, min(budgets.get(name, seconds), left), arguments.tiny)
         failed |= "error" in line
         print(json.dumps(line), flush=True)
     return int(failed)

@@ -2,7 +2,8 @@
 
 import json
 import os
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,13 +15,9 @@ from configs.errors import StoreError
 from featurestore.reader import FeatureStore, open_store
 from featurestore.writer import committed_parts
 
-__all__ = ["Tokenizer", "exponent_entropy", "info", "render_info", "render_show", "show"]
+__all__ = ["exponent_entropy", "info", "render_info", "render_show", "show"]
 
 SAMPLED_TOKENS = 4096
-
-
-class Tokenizer(Protocol):
-    def decode(self, token_ids: Any) -> str: ...
 
 
 def _opened(store: FeatureStore | str | os.PathLike[str]) -> FeatureStore:
@@ -152,12 +149,12 @@ def _pairs(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} in {count:,}" for name, count in counts.items()) or "none"
 
 
-def _texts(ids: list[int], tokenizer: Tokenizer) -> list[str]:
+def _texts(ids: list[int], decode: Callable[[list[int]], str]) -> list[str]:
     """Text of each token; a character cut over several stands with its last."""
     texts, waiting = [""] * len(ids), []
     for t, token in enumerate(ids):
         waiting.append(token)
-        text = tokenizer.decode(waiting)
+        text = decode(waiting)
         # a replacement character at the end: bytes of it are still to come, four at most in UTF-8
         if not text.endswith("\ufffd") or len(waiting) > 4 or t + 1 == len(ids):
             texts[t], waiting = text, []
@@ -165,18 +162,20 @@ def _texts(ids: list[int], tokenizer: Tokenizer) -> list[str]:
 
 
 def show(
-    store: FeatureStore | str | os.PathLike[str], document: int, tokenizer: Tokenizer | None = None
+    store: FeatureStore | str | os.PathLike[str],
+    document: int,
+    decode: Callable[[list[int]], str] | None = None,
 ) -> dict[str, Any]:
     """One document as plain data.
 
     Args:
         store: the store.
         document: its uid, or else its place in the index.
-        tokenizer: anything with `decode`, for the text.
+        decode: text of tokens, special ones included.
 
     Returns:
         uid, place, part, source, held_out, tokens, loss_tokens, norms [{state, min, mean, max}] over tokens,
-        rows [{position, id, text (None without a tokenizer), loss, norms}].
+        rows [{position, id, text (None without `decode`), loss, norms}].
 
     Raises:
         StoreError: no such document.
@@ -191,7 +190,7 @@ def show(
     found = store[place]
     norms = found.hidden.float().norm(dim=-1)  # [T, S]
     ids = found.input_ids.tolist()
-    texts = _texts(ids, tokenizer) if tokenizer else [None] * len(ids)
+    texts = _texts(ids, decode) if decode else [None] * len(ids)
     return {
         "uid": found.uid,
         "place": place,

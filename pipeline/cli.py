@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import functools
 import io
 import itertools
 import json
@@ -207,14 +208,21 @@ def _store(args: argparse.Namespace) -> int:
         console_out(featurestore.render_report(report))
         # a repaired store is whole again, though smaller
         return 0 if not report.problems or report.published is not None else StoreError.exit_code
-    tokenizer: Any = None
+    decode = None
     if args.tokenizer is not None:
-        from transformers import AutoTokenizer
+        from tokenizers import Tokenizer
 
-        if not (args.tokenizer / "tokenizer.json").is_file():
+        file = args.tokenizer / "tokenizer.json"
+        if not file.is_file():
             raise InputError(f"{args.tokenizer} has no tokenizer.json", "name the directory of the target")
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    found = featurestore.show(args.store, args.document, tokenizer)
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # the library has no class of its own for it
+            raise InputError(
+                f"{file} is no tokenizer: {error}", "name the directory of the target"
+            ) from error
+        decode = functools.partial(tokenizer.decode, skip_special_tokens=False)
+    found = featurestore.show(args.store, args.document, decode)
     console_out(featurestore.render_show(found, brackets=not sys.stdout.isatty()))
     return 0
 

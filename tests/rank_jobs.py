@@ -1,16 +1,16 @@
-"""What several ranks do together in a test: `python -m tests.rank_jobs JOB ARGUMENT...` forks them."""
+"""What several ranks do together in a test, forked from a process that has imported what they need."""
 
 import functools
-import gc
 import itertools
 import json
 import multiprocessing
 import os
 import random
 import socket
-import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,19 +32,25 @@ from train.sparse import Sparse
 META = {"contract": {}, "loader": {}, "metrics": {}}
 
 
-def run_job(name: str, *arguments: object) -> str:
-    """Run a job of this file in a process of its own; returns what its ranks printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.rank_jobs", name, *map(str, arguments)],
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+def run_job(job: Callable[..., None], *arguments: object) -> str:
+    """Run a job in a process of its own; returns what its ranks printed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preloaded"])
+    with tempfile.NamedTemporaryFile() as said:
+        process = context.Process(target=_printing, args=(said.name, job, *arguments))
+        process.start()
+        process.join(300)
+        process.kill()
+        text = said.read().decode()
+    assert process.exitcode == 0, text
+    return text
+
+
+def _printing(file: str, job: Callable[..., None], *arguments: object) -> None:
+    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    job(*arguments)
 
 
 def build(target: Path):
@@ -94,16 +100,16 @@ def hand_over(target: Path, before: Path | None, after: Path) -> None:
     checkpoint.save(engine, ops, after, 7, META, keep=1)
 
 
-def hand_overs(target: str, folder: str, *route: str) -> None:
+def hand_overs(target: Path, folder: Path, *route: int) -> None:
     """Save by the first number of ranks, then load and save by the next one, and so on."""
     before = None
     for leg, ranks in enumerate(route):
-        after = Path(folder) / f"{leg}"
-        together(int(ranks), lambda b=before, a=after: hand_over(Path(target), b, a))
+        after = folder / f"{leg}"
+        together(ranks, lambda b=before, a=after: hand_over(target, b, a))
         before = after
 
 
-def count_gathers(target: str, store: str, folder: str) -> None:
+def count_gathers(target: Path, store: Path, folder: Path) -> None:
     """Elements that two ranks gather in the layer, and from each micro-batch of a training to the next."""
 
     def act() -> None:
@@ -145,7 +151,7 @@ def count_gathers(target: str, store: str, folder: str) -> None:
     together(2, act)
 
 
-def losses(target: str, store: str, folder: str, *ways: str) -> None:
+def losses(target: Path, store: Path, folder: Path, *ways: str) -> None:
     """Train on the same global batches by so many ranks times micro-batches."""
     for way in ways:
         ranks, micro_batches = map(int, way.split("x"))
@@ -156,7 +162,7 @@ def losses(target: str, store: str, folder: str, *ways: str) -> None:
         together(ranks, lambda s=settings: trainer.train(load_config([], s)))
 
 
-def sparse_ranks(target: str) -> None:
+def sparse_ranks(target: Path) -> None:
     """Losses of sparse steps on four batches, by one rank and by two, one of which has nothing long.
 
     The two gather what they keep, the one masks the rest.
@@ -175,7 +181,7 @@ def sparse_ranks(target: str) -> None:
             deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}},
         )
         config = zero.deepspeed_config(settings, num_parameters=1000)
-        layer = zero.build_layer(Checkpoint(Path(target)), settings, config)
+        layer = zero.build_layer(Checkpoint(target), settings, config)
         engine = zero.initialize(
             Draft(layer, settings, Sparse(True, None if ranks == 1 else "gather")), settings, config
         )
@@ -209,7 +215,7 @@ def made_up(layer, lengths: tuple[int, ...]) -> Packed:
     return pack(given, torch.float32, torch.device("cpu"))
 
 
-def note_documents(target: str, store: str, folder: str, *legs: str) -> None:
+def note_documents(target: Path, store: Path, folder: Path, *legs: str) -> None:
     """Train on so many ranks up to a step (`RANKSxSTEP`), then go on with the next way.
 
     `read.LEG.RANK.json` holds the documents of each step.
@@ -224,7 +230,7 @@ def note_documents(target: str, store: str, folder: str, *legs: str) -> None:
 
         trainer.pack = noting
         trainer.train(load_config([], settings))
-        Path(folder, f"read.{leg}.{os.environ['RANK']}.json").write_text(json.dumps(steps))
+        (folder / f"read.{leg}.{os.environ['RANK']}.json").write_text(json.dumps(steps))
 
     for leg, (ranks, last) in enumerate(map(int, way.split("x")) for way in legs):
         settings = [f"target.path={target}", f"train.store={store}", f"run.dir={folder}"]
@@ -232,16 +238,16 @@ def note_documents(target: str, store: str, folder: str, *legs: str) -> None:
         together(ranks, functools.partial(act, leg, [*settings, f"train.max_steps={last}"]))
 
 
-def kill_while_saving(settings: str, folder: str, kills: str) -> None:
+def kill_while_saving(settings: list[str], folder: Path, kills: int) -> None:
     """Train into `whole`, and into `killed` by so many runs that are killed while they save, and a last one.
 
-    `settings` are words with spaces between them. Prints how many runs were killed before their end.
+    Prints how many runs were killed before their end.
     """
     chance, killed = random.Random(61), 0
 
     def start(name: str):
         def verb() -> None:
-            sys.exit(main(["train", *settings.split(), f"run.dir={folder}/{name}"]))
+            sys.exit(main(["train", *settings, f"run.dir={folder}/{name}"]))
 
         process = multiprocessing.get_context("fork").Process(target=verb)
         process.start()
@@ -252,10 +258,9 @@ def kill_while_saving(settings: str, folder: str, kills: str) -> None:
         process.join(120)
         assert process.exitcode == 0
 
-    preload()
     finish("whole")
-    run = runs.directory(Path(folder) / "killed")
-    for _ in range(int(kills)):
+    run = runs.directory(folder / "killed")
+    for _ in range(kills):
         before = sorted(p.name for p in run.glob("*")) if run.exists() else []
         process = start("killed")
         # until the first save has begun, then a little longer
@@ -269,20 +274,8 @@ def kill_while_saving(settings: str, folder: str, kills: str) -> None:
     print("killed", killed)
 
 
-@functools.cache
-def preload() -> None:
-    """Import what a rank imports as it starts: those forked from this process need not."""
-    import torch._dynamo  # noqa: F401
-
-    zero.import_muon()
-    # what is here stays, and need not be looked through by each rank
-    gc.collect()
-    gc.freeze()
-
-
 def together(count: int, act) -> None:
     """Run something on so many ranks, forked from this process, which has imported everything."""
-    preload()
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -294,7 +287,3 @@ def together(count: int, act) -> None:
         sys.stdout.flush()
 
     mp.start_processes(rank, nprocs=count, start_method="fork")
-
-
-if __name__ == "__main__":
-    globals()[sys.argv[1]](*sys.argv[2:])

@@ -88,10 +88,11 @@ def test_compiled_form_equals_the_plain_one_in_a_few_graphs(monkeypatch, topk):
 
     monkeypatch.setattr(flex, "_validate_device", lambda *tensors: None)
     monkeypatch.setitem(attention.COMPILER, "cpu", capture)
-    for batch in batches():
+    for batch in itertools.islice(batches(), 24 if topk is None else 12):
         given = problem(*batch)
         found, expected = (run(form, *given, grad=batch[2], topk=topk) for form in ("blocks", "whole"))
         for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
             # of a query with a single key the gradient is zero
             assert float((a - b).detach().norm()) < 1e-5 * max(float(b.detach().norm()), 1)
     # with and without gradients: one of the attention, one of the merge at each step but the first

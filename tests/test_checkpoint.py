@@ -20,7 +20,7 @@ from train import checkpoint, zero
 
 
 def test_any_number_of_ranks_takes_over_the_optimizer_bit_for_bit(tmp_path, tiny_checkpoint):
-    run_job("hand_overs", tiny_checkpoint, tmp_path, 2, 1, 4, 3, 2)
+    run_job(rank_jobs.hand_overs, tiny_checkpoint, tmp_path, 2, 1, 4, 3, 2)
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_losses_and_gradient_norms_agree_at_1_2_and_4_ranks(tmp_path, tiny_check
     # documents of one length fill the ranks alike, however many there are
     store = write_store(tmp_path / "store", tiny_checkpoint, lengths=[24] * 64)
     ways = ("1x4", "2x2", "4x1")
-    run_job("losses", tiny_checkpoint, store, tmp_path, *ways)
+    run_job(rank_jobs.losses, tiny_checkpoint, store, tmp_path, *ways)
     one, *others = ([json.loads(x) for x in (tmp_path / w / "metrics.jsonl").open()] for w in ways)
     steps = [row for row in one if "train/loss" in row]
     # clipping is at 0.1
@@ -215,7 +215,7 @@ def test_other_numbers_of_ranks_go_on_with_the_same_documents_in_the_same_order(
     path = write_store(tmp_path / "store", tiny_checkpoint, lengths=lengths)
     # each leg begins from the checkpoint of the one before
     run = tmp_path / "run"
-    run_job("note_documents", tiny_checkpoint, path, run, "2x2", "4x4", "3x7")
+    run_job(rank_jobs.note_documents, tiny_checkpoint, path, run, "2x2", "4x4", "3x7")
     # of each leg the steps of each rank
     legs = [[json.loads(p.read_text()) for p in sorted(run.glob(f"read.{n}.*.json"))] for n in range(3)]
     assert [(len(leg), len(leg[0])) for leg in legs] == [(2, 2), (4, 2), (3, 3)]
@@ -240,7 +240,7 @@ def test_a_kill_at_any_moment_of_saving_ends_in_the_same_weights(tmp_path, tiny_
     settings += ["train.evaluate_every=100"]
 
     kills = int(os.environ.get("LAYER61_KILLS", "3"))
-    said = run_job("kill_while_saving", " ".join(settings), tmp_path, kills)
+    said = run_job(rank_jobs.kill_while_saving, settings, tmp_path, kills)
     assert int(said.split("killed ")[-1]) >= min(kills, 2)
     mine, theirs = (runs.read_commit(runs.locate(tmp_path / d, "last")) for d in ("killed", "whole"))
     assert {f: e for f, e in mine.items() if "/" in f} == {f: e for f, e in theirs.items() if "/" in f}

@@ -91,26 +91,41 @@ def test_the_only_import_circle_is_reader_and_check(imports):
     assert in_a_circle == {"featurestore.check", "featurestore.reader"}
 
 
-@pytest.mark.parametrize(
-    ("modules", "forbidden"),
-    [
-        (
-            "configs.schema, configs.load, configs.contract, configs.errors",
-            {"torch", "vllm", "deepspeed", "zarr"},
-        ),
-        ("pipeline.cli", {"torch", "vllm", "deepspeed", "zarr", "transformers"}),
-        ("featurestore", {"vllm", "deepspeed", "transformers", "train", "export", "pipeline"}),
-        ("train.model, train.unroll, train.trainer, train.evaluate, train.launch", {"vllm", "pipeline"}),
-        ("pipeline.capture.process, pipeline.dump, pipeline.capture.plugin", {"deepspeed", "train"}),
-        (
-            "export.nextn, export.fp8, export.keymap",
-            {"vllm", "deepspeed", "train", "pipeline", "featurestore"},
-        ),
-    ],
-)
-def test_importing_a_stage_leaves_the_others_alone(modules, forbidden):
-    code = f"import sys, {modules}; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+# what is imported together, and what must not come with it
+STAGES = {
+    "configs.schema, configs.load, configs.contract, configs.errors": {"torch", "vllm", "deepspeed", "zarr"},
+    "pipeline.cli": {"torch", "vllm", "deepspeed", "zarr", "transformers"},
+    "featurestore": {"vllm", "deepspeed", "transformers", "train", "export", "pipeline"},
+    "train.model, train.unroll, train.trainer, train.evaluate, train.launch": {"vllm", "pipeline"},
+    "pipeline.capture.process, pipeline.dump, pipeline.capture.plugin": {"deepspeed", "train"},
+    "export.nextn, export.fp8, export.keymap": {"vllm", "deepspeed", "train", "pipeline", "featurestore"},
+}
+# torch takes longest, and is imported once for all that may have it
+EACH_IN_A_FORK = """
+import os, sys
+for modules in sys.argv[1:]:
+    if modules == "torch":
+        import torch
+    elif os.fork() == 0:
+        exec(f"import {modules}")
+        print(modules, *sys.modules, sep="\\t", flush=True)
+        os._exit(0)
+    else:
+        assert os.wait()[1] == 0
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """What is imported together -> the packages that are loaded then."""
+    bare = [modules for modules, forbidden in STAGES.items() if "torch" in forbidden]
+    words = [*bare, "torch", *(modules for modules in STAGES if modules not in bare)]
+    done = subprocess.run([sys.executable, "-c", EACH_IN_A_FORK, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    loaded = {name.partition(".")[0] for name in done.stdout.split()}
-    assert loaded & forbidden == set()
+    lines = (line.split("\t") for line in done.stdout.splitlines())
+    return {modules: {name.partition(".")[0] for name in names} for modules, *names in lines}
+
+
+@pytest.mark.parametrize("modules", STAGES)
+def test_importing_a_stage_leaves_the_others_alone(loaded, modules):
+    assert loaded[modules] & STAGES[modules] == set()

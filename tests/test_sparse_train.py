@@ -12,6 +12,7 @@ from configs.errors import ConfigError, Layer61Error
 from configs.load import freeze, load_config
 from export.checkpoint import Checkpoint
 from featurestore import open_store
+from tests import rank_jobs
 from tests.rank_jobs import run_job
 from tests.stores import write_store
 from train import evaluate, launch
@@ -46,7 +47,7 @@ def moved(config, target):
 
 
 def test_two_ranks_of_which_one_has_nothing_long_train_as_one_rank_does(sparse_checkpoint):
-    said = run_job("sparse_ranks", sparse_checkpoint)
+    said = run_job(rank_jobs.sparse_ranks, sparse_checkpoint)
     found = {}
     for line in said.splitlines():
         if line.startswith("losses"):

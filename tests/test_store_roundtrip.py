@@ -500,11 +500,7 @@ def test_info_and_show_describe_the_store(tmp_path) -> None:
     assert 7.9 < found["entropy"]["exponent_bits"] <= 8  # random bits
     assert found["contract"] == CONTRACT
 
-    class Letters:
-        def decode(self, ids: list[int]) -> str:
-            return chr(97 + ids[0] % 26)
-
-    shown = featurestore.show(tmp_path, 3, Letters())
+    shown = featurestore.show(tmp_path, 3, lambda ids: chr(97 + ids[0] % 26))
     assert shown["uid"] == 3
     assert [row["id"] for row in shown["rows"]] == made[3].input_ids.tolist()
     assert [row["loss"] for row in shown["rows"]] == made[3].loss_mask.tolist()
@@ -524,14 +520,13 @@ def test_show_joins_characters_that_are_cut_over_tokens(tmp_path) -> None:
     text = "größe 日本語 🙂 \ufffd ok"
     data = text.encode()
 
-    class Bytes:
-        def decode(self, token_ids: list[int]) -> str:
-            return bytes(token_ids).decode(errors="replace")
+    def decode(token_ids: list[int]) -> str:
+        return bytes(token_ids).decode(errors="replace")
 
     with StoreWriter(tmp_path, CONTRACT, durable=False) as writer:
         writer.append(1, list(data), [1] * len(data), np.zeros((len(data), 1, 32), np.uint16))
     publish(tmp_path)
-    assert "".join(row["text"] for row in featurestore.show(tmp_path, 1, Bytes())["rows"]) == text
+    assert "".join(row["text"] for row in featurestore.show(tmp_path, 1, decode)["rows"]) == text
 
 
 def test_what_a_store_holds_is_no_markup(tmp_path, capsys) -> None:

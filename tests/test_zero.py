@@ -1,16 +1,14 @@
 """Gradients under ZeRO-3, on two ranks and several micro-batches, against plain autograd on all of them."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
+from tests import rank_jobs
 from tests.rank_jobs import run_job, together
 from tests.stores import write_store
 from train import zero
 
-ROOT = Path(__file__).parent.parent
 STEPS, MICRO_BATCHES, LENGTHS = 4, 2, (11, 7)
 
 
@@ -68,15 +66,17 @@ def rank_of_two(target: Path) -> None:
     zero.shutdown()
 
 
+def two_ranks(target: Path) -> None:
+    together(2, lambda: rank_of_two(target))
+
+
 def test_gradients_of_partitioned_experts_equal_plain_autograds(tiny_checkpoint):
-    command = [sys.executable, "-m", "tests.test_zero", str(tiny_checkpoint)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_job(two_ranks, tiny_checkpoint)
 
 
 def test_every_parameter_is_gathered_once_an_optimizer_step(tmp_path, tiny_checkpoint):
     store = write_store(tmp_path / "store", tiny_checkpoint, lengths=[24] * 48)
-    said = run_job("count_gathers", tiny_checkpoint, store, tmp_path / "run")
+    said = run_job(rank_jobs.count_gathers, tiny_checkpoint, store, tmp_path / "run")
     layer, *gathered = map(int, said.split("gathered ")[1].split())
     # DeepSpeed gathers more often in the first step, while it records the order of modules. Two micro-batches
     # a step; there are evaluations after steps 2 and 4 and a checkpoint after step 3.
@@ -96,7 +96,3 @@ def test_a_rank_binds_its_device_before_anything_else_happens(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 8)
     assert zero.init_distributed() == (3, 8)
     assert calls == [torch.device("cuda", 3), "join", "rank"]
-
-
-if __name__ == "__main__":
-    together(2, lambda: rank_of_two(Path(sys.argv[1])))
