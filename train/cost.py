@@ -12,6 +12,7 @@ from torch import Tensor
 
 from train.eagle3 import Eagle3Layer
 from train.indexer import HELD
+from train.loss import default_chunk
 from train.model import Layer
 from train.unroll import Scored
 
@@ -140,12 +141,12 @@ def activation_bytes(
         passing = tokens * len(draft["eagle_aux_hidden_state_layer_ids"]) * D
     on_gpu = size == 2
     if on_gpu:
-        logits = 2 * max((1 << 28) // V // 128, 1) * 128 * V * size
+        logits = 2 * default_chunk(V, torch.device("cuda")) * V * size
     else:
         # the plain form keeps the attention's weights; logits are held in several forms
         if form != "gather":
             kept += rows * H * min(longest, tokens)
-        logits = 6 * max((1 << 19) // V, 64) * V * 4
+        logits = 6 * default_chunk(V, torch.device("cpu")) * V * 4
     forward = (kept + passing) * size + kept_32 * 4 + logits
     if sparse or indexer != "frozen":
         heads, width, topk = model["index_n_heads"], model["index_head_dim"], model["index_topk"]
@@ -159,9 +160,9 @@ def activation_bytes(
             # entries instead of expanded keys and values; the places kept
             forward -= (tokens + rows - anchors) * (query + H * (nope + value)) * size
             forward += (tokens + anchors * steps * (steps + 1) // 2) * entry * size + 4 * rows * topk
-        elif sparse:
+        elif sparse and on_gpu:
             # a bit for each key in the fused form
-            forward += rows * (tokens // 8 if on_gpu else 0)
+            forward += rows * tokens // 8
         if indexer != "frozen":
             # gradients of its queries, formed at once; absorbed queries of a step
             forward += rows * heads * width * size + (tokens + rows + anchors * H) * entry * size

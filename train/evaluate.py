@@ -321,10 +321,10 @@ def plan(config: RunConfig) -> str:
 
 def ready(config: RunConfig) -> None:
     """Raises what `run` would: there is no store, no such checkpoint, or the settings fit neither."""
-    store, target = open_split(config), target_config(config.require_target())
+    store, target = open_split(config), config.require_target()
     if config.train.draft == "mtp":
-        check_attention(config.train, target, int(store.length.max()))
-    run_dir.find_weights(config.run.dir, config.evaluate.checkpoint, config.require_target(), verify=False)
+        check_attention(config.train, target_config(target), int(store.length.max(initial=0)))
+    run_dir.find_weights(config.run.dir, config.evaluate.checkpoint, target, verify=False)
 
 
 def run(config: RunConfig) -> dict[str, Any]:

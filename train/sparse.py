@@ -111,6 +111,6 @@ def decide(train: TrainConfig, model: Mapping[str, Any], store: FeatureStore, wh
     Raises:
         ConfigError: as `check_attention`.
     """
-    if not check_attention(train, model, int(store.length.max())):
+    if not check_attention(train, model, int(store.length.max(initial=0))):
         return DENSE
     return Sparse(True, form_of(mean_keys(store), model["index_topk"], where.type))

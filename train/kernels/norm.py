@@ -1,6 +1,6 @@
 """The root mean square norm with a backward of a few passes on a CPU, where torch composes it of a dozen.
 
-Legend: T rows, D width, N rows of a piece.
+Legend: T rows, D width.
 """
 
 from collections.abc import Iterator
