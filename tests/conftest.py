@@ -1,17 +1,20 @@
 """Fixtures every part shares: a handful of conversations, an untrained checkpoint of the target's shape."""
 
+import gc
 import json
 import os
 from pathlib import Path
 
 import pytest
 
+# what is imported stays: nobody looks through it for garbage, now or between tests
+gc.disable()
 # several processes of a test share the cores with the test itself
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from configs.schema import TinyConfig
-from pipeline.tiny.write import random_checkpoint
+from configs.schema import TinyConfig  # noqa: E402
+from pipeline.tiny.write import random_checkpoint  # noqa: E402
 
 # files that take longest, their tests start processes: what two workers begin last must not be one of them
 LONGEST = ("test_launch", "test_trainer", "test_checkpoint", "test_gpu_rehearsal", "test_moe", "test_zero")
@@ -93,6 +96,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return item.path not in engines, LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
     items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,7 @@
 
 import numpy as np
 import pytest
-import tensorstore
 import torch
-import xarray
 import zarr
 
 from featurestore import open_store, publish
@@ -57,6 +55,8 @@ def test_zarrs_reads_strictly(part) -> None:
 
 
 def test_tensorstore_reads_bfloat16(part) -> None:
+    import tensorstore
+
     for name, expected in (("hidden", HIDDEN), ("input_ids", IDS), ("loss_mask", MASK)):
         spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(part / name)}}
         array = tensorstore.open(spec, open=True).result()
@@ -68,6 +68,8 @@ def test_tensorstore_reads_bfloat16(part) -> None:
 
 
 def test_xarray_opens_a_part(part) -> None:
+    import xarray
+
     data = xarray.open_zarr(part, consolidated=True)
     assert data["hidden"].dims == ("token", "state", "channel")
     assert np.array_equal(data["hidden"].values, HIDDEN)
@@ -75,6 +77,8 @@ def test_xarray_opens_a_part(part) -> None:
 
 
 def test_zarr_python_writes_the_type_we_read(tmp_path) -> None:
+    import tensorstore
+
     bits = np.array([0, 0x8000, 0x7FC1, 0xFF80, 0x3F80], np.uint16)
     array = zarr.create_array(
         tmp_path,
