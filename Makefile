@@ -111,8 +111,9 @@ bench-moe: setup ## expert kernels beside every peer that is installed
 bench-loss: setup ## the vocabulary loss
 	$(BIN)/python -m benchmarks.head_loss $(ARGS)
 
+# alone on the machine: threads wait as torch has them wait by default
 bench-train: setup ## tokens a second of a training step
-	$(BIN)/python -m benchmarks.train $(ARGS)
+	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks.train $(ARGS)
 
 bench-attention: setup ## sparse attention by form: time and memory beside the arithmetic
 	$(BIN)/python -m benchmarks.attention $(ARGS)
