@@ -51,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for number in SIGNALS:
             signal.signal(number, _raise)
-        from pipeline import cli
+        from configs.importing import importing
+
+        with importing():
+            from pipeline import cli
 
         return cli.run(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:

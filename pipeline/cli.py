@@ -19,6 +19,7 @@ from typing import Any, NoReturn, TextIO
 from configs import run_dir
 from configs.engine_keys import check_keys
 from configs.errors import ConfigError, InputError, Layer61Error, StoreError
+from configs.importing import importing
 from configs.load import freeze, load_config, settings
 from configs.lock import hold
 from configs.progress import log, say
@@ -62,7 +63,8 @@ def _say(stage: str, lines: str) -> None:
 
 
 def _target(args: argparse.Namespace) -> int:
-    from pipeline.tiny import target
+    with importing():
+        from pipeline.tiny import target
 
     config = load_config(args.config, args.overrides)
     directory = args.directory or config.target.path
@@ -127,7 +129,8 @@ def _alone(config: RunConfig, verb: str) -> AbstractContextManager[None]:
 
 
 def _dump(args: argparse.Namespace) -> int:
-    from pipeline import dump, recompute
+    with importing():
+        from pipeline import dump, recompute
 
     if args.check is not None:
         if args.dry_run:
@@ -142,21 +145,24 @@ def _dump(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from train import launch
-    from train.batch import open_split
+    with importing():
+        from train import launch
+        from train.batch import open_split
 
     return _stage(args, ("target", "train", "eagle3"), launch.plan, launch.run, open_split)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from train import evaluate
+    with importing():
+        from train import evaluate
 
     return _stage(args, ("target",), evaluate.plan, evaluate.run, evaluate.ready)
 
 
 def _export(args: argparse.Namespace) -> int:
-    from export import draft
-    from train import vocabulary
+    with importing():
+        from export import draft
+        from train import vocabulary
 
     def run(config: RunConfig) -> dict[str, Any]:
         return draft.run(config, lambda size: vocabulary.choose(config, size))
@@ -165,31 +171,36 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from pipeline import verify
+    with importing():
+        from pipeline import verify
 
     return _stage(args, ("target", "prompts"), verify.plan, verify.run, verify.ready)
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from pipeline import serve
+    with importing():
+        from pipeline import serve
 
     return _stage(args, ("target",), serve.plan, serve.run, serve.ready)
 
 
 def _bench_serve(args: argparse.Namespace) -> int:
-    from pipeline import bench_serve
+    with importing():
+        from pipeline import bench_serve
 
     return _stage(args, ("target", "prompts"), bench_serve.plan, bench_serve.run, bench_serve.ready)
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from pipeline import demo
+    with importing():
+        from pipeline import demo
 
     return demo.run(args.config, args.overrides, dry_run=args.dry_run)
 
 
 def _report(args: argparse.Namespace) -> int:
-    from pipeline import report
+    with importing():
+        from pipeline import report
 
     path = report.write(args.run)
     log("report", f"wrote {path}")
@@ -197,7 +208,8 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _store(args: argparse.Namespace) -> int:
-    import featurestore
+    with importing():
+        import featurestore
 
     if args.action == "info":
         found = featurestore.info(args.store)

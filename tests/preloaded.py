@@ -1,13 +1,11 @@
 """What a rank imports as it starts: those that tests fork from a process that has it need not."""
 
-import gc
+from configs.importing import importing
 
-import torch._dynamo  # noqa: F401
-
-from tests import rank_jobs  # noqa: F401
-from train import zero
-
-zero.import_muon()
 # what is here stays, and need not be looked through by each rank
-gc.collect()
-gc.freeze()
+with importing():
+    from pipeline import cli  # noqa: F401
+    from tests import rank_jobs  # noqa: F401
+    from train import launch, zero  # noqa: F401
+
+    zero.import_optimizers()

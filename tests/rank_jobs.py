@@ -6,16 +6,20 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+import torch.distributed.run
 import torch.multiprocessing as mp
 
 from configs import run_dir as runs
@@ -32,13 +36,19 @@ from train.sparse import Sparse
 META = {"contract": {}, "loader": {}, "metrics": {}}
 
 
-def run_job(job: Callable[..., None], *arguments: object) -> str:
-    """Run a job in a process of its own; returns what its ranks printed."""
+def start_job(file: str | Path, job: Callable[..., None], *arguments: object) -> BaseProcess:
+    """Start a job in a process of its own, which appends what it and its ranks print to a file."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preloaded"])
+    process = context.Process(target=_printing, args=(str(file), job, *arguments))
+    process.start()
+    return process
+
+
+def run_job(job: Callable[..., None], *arguments: object) -> str:
+    """Run a job in a process of its own; returns what its ranks printed."""
     with tempfile.NamedTemporaryFile() as said:
-        process = context.Process(target=_printing, args=(said.name, job, *arguments))
-        process.start()
+        process = start_job(said.name, job, *arguments)
         process.join(300)
         process.kill()
         text = said.read().decode()
@@ -47,10 +57,32 @@ def run_job(job: Callable[..., None], *arguments: object) -> str:
 
 
 def _printing(file: str, job: Callable[..., None], *arguments: object) -> None:
-    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND)
+    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     job(*arguments)
+
+
+def verb(words: list[str], *, ignored: Collection[signal.Signals] = ()) -> NoReturn:
+    """What `python -m pipeline` does, some signals ignored from the start as a shell may have it."""
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(main(words))
+
+
+def torchrun(words: list[str], environment: dict[str, str]) -> None:
+    """What `torchrun` does, which starts interpreters of its own."""
+    os.environ |= environment
+    torch.distributed.run.main(words)
+
+
+def train_together(count: int, words: list[str]) -> None:
+    """The train verb on so many ranks of one launcher."""
+
+    def act() -> None:
+        assert main(["train", *words]) == 0
+
+    together(count, act)
 
 
 def build(target: Path):
@@ -246,10 +278,8 @@ def kill_while_saving(settings: list[str], folder: Path, kills: int) -> None:
     chance, killed = random.Random(61), 0
 
     def start(name: str):
-        def verb() -> None:
-            sys.exit(main(["train", *settings, f"run.dir={folder}/{name}"]))
-
-        process = multiprocessing.get_context("fork").Process(target=verb)
+        words = ["train", *settings, f"run.dir={folder}/{name}"]
+        process = multiprocessing.get_context("fork").Process(target=verb, args=(words,))
         process.start()
         return process
 

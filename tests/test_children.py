@@ -12,9 +12,7 @@ import psutil
 import pytest
 
 from configs.files import write_json
-from export import nextn
 from pipeline import child
-from tests.test_verify import layer_of
 
 # the last that an engine says before it serves
 STARTED = "init engine"
@@ -23,6 +21,10 @@ LOGS = {"dump": "engine.1-of-1.log", "verify": "verify/*.log", "serve": "serve/s
 
 @pytest.fixture(scope="module")
 def draft(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # not for the process that `answer` runs in
+    from export import nextn
+    from tests.test_verify import layer_of
+
     folder = tmp_path_factory.mktemp("children")
     nextn.export(layer_of(tiny_checkpoint, folder / "weights"), tiny_checkpoint, folder / "nextn")
     return folder / "nextn"

@@ -27,7 +27,7 @@ TRAIN = [
     *["kernels", "loss", "dims", "indexer", "attention", "gather", "index_loss"],
     *["blocks", "mtp", "eagle3", "model"],
     *["unroll", "batch", "sparse", "vocabulary", "start", "draft", "selection", "evaluate"],
-    *["cost", "plan", "zero", "checkpoint", "metrics", "trainer", "launch"],
+    *["cost", "plan", "zero", "checkpoint", "metrics", "trainer", "rank", "launch"],
 ]
 
 
@@ -102,7 +102,8 @@ STAGES = {
 }
 # torch takes longest, and is imported once for all that may have it
 EACH_IN_A_FORK = """
-import os, sys
+import gc, os, sys
+gc.disable()
 for modules in sys.argv[1:]:
     if modules == "torch":
         import torch

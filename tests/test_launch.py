@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import functools
 import json
 import os
 import signal
@@ -17,6 +18,8 @@ from configs import run_dir as runs
 from configs.errors import ConfigError
 from configs.load import load_config
 from configs.lock import hold
+from tests import rank_jobs
+from tests.rank_jobs import start_job
 from tests.stores import write_store
 from train import launch
 
@@ -42,27 +45,21 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
-def on_two_machines(per_node, *words):
+def on_two_machines(folder, per_node, *words):
     """The train verb under torchrun, once for each machine; words for each, then its process."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    found = []
+    started = []
     for node, mine in enumerate(words):
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={node}"]
-        command += [f"--nproc-per-node={per_node}", "--master-addr=127.0.0.1", f"--master-port={port}"]
-        found.append(
-            subprocess.Popen(
-                [*command, "-m", "pipeline", "train", *mine],
-                cwd=ROOT,
-                env=environment(),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    said = [process.communicate(timeout=300)[0] for process in found]
-    return [process.returncode for process in found], said
+        said = folder / f"{node}.log"
+        command = ["--nnodes=2", f"--node-rank={node}", f"--nproc-per-node={per_node}"]
+        command += ["--master-addr=127.0.0.1", f"--master-port={port}", "-m", "pipeline", "train", *mine]
+        started.append((start_job(said, rank_jobs.torchrun, command, environment()), said))
+    for process, _ in started:
+        process.join(300)
+        process.kill()
+    return [process.exitcode for process, _ in started], [said.read_text() for _, said in started]
 
 
 def losses(run_dir):
@@ -74,7 +71,7 @@ def test_two_machines_of_two_ranks_compute_what_one_process_does(tmp_path, setti
     one = ["train.tokens_per_rank=48", "train.gradient_accumulation_steps=2"]
     launch.run(load_config([], [*settings, *one, f"run.dir={tmp_path / 'one'}"]))
     words = [*settings, "train.tokens_per_rank=24", f"run.dir={tmp_path / 'four'}"]
-    codes, said = on_two_machines(2, words, words)
+    codes, said = on_two_machines(tmp_path, 2, words, words)
     assert codes == [0, 0], said
     # what is planned is what the launcher has started
     assert "memory of each of 4 ranks" in said[0]
@@ -86,7 +83,7 @@ def test_two_machines_of_two_ranks_compute_what_one_process_does(tmp_path, setti
 
 def test_machines_that_do_not_share_the_run_directory_are_told_so(tmp_path, settings):
     words = [[*settings, f"run.dir={tmp_path / name}"] for name in ("here", "there")]
-    codes, said = on_two_machines(1, *words)
+    codes, said = on_two_machines(tmp_path, 1, *words)
     assert 0 not in codes
     text = " ".join(said[0].split())
     assert "is not one directory on all machines" in text
@@ -120,6 +117,16 @@ def test_a_file_system_without_locks_is_said_and_does_not_stop_a_run(tmp_path, m
         pass
 
 
+def signalled_while_it_starts(words, log, after_s, number):
+    """Exit code of an interpreter that gets a signal some time after it was started."""
+    with open(log, "wb") as output:
+        command = [sys.executable, "-m", "pipeline", *words]
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=output, stderr=output)
+    time.sleep(after_s)
+    process.send_signal(number)
+    return process.wait(120)
+
+
 @pytest.mark.parametrize(
     ("after_s", "ranks", "number", "ignored"),
     [
@@ -130,24 +137,20 @@ def test_a_file_system_without_locks_is_said_and_does_not_stop_a_run(tmp_path, m
     ],
 )
 def test_a_signal_at_any_moment_ends_training_quietly(tmp_path, settings, after_s, ranks, number, ignored):
-    command = [sys.executable, "-m", "pipeline", "train", *settings, "train.max_steps=1000000"]
-    with open(tmp_path / "log", "wb") as log:
-        process = subprocess.Popen(
-            [*command, f"train.ranks={ranks}", f"run.dir={tmp_path / 'run'}"],
-            cwd=ROOT,
-            env=environment(),
-            stdout=log,
-            stderr=log,
-            # as a shell does for what it starts with &
-            preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignored else None,
-        )
-        while not (tmp_path / "run" / runs.RANKS).exists() and ranks > 1:
+    log, words = tmp_path / "log", ["train", *settings, "train.max_steps=1000000", f"train.ranks={ranks}"]
+    words += [f"run.dir={tmp_path / 'run'}"]
+    if ranks == 1:
+        code = signalled_while_it_starts(words, log, after_s, number)
+    else:
+        process = start_job(log, functools.partial(rank_jobs.verb, words, ignored=[number] * ignored))
+        while not (tmp_path / "run" / runs.RANKS).exists():
             time.sleep(0.05)
-            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert process.is_alive(), log.read_text()
         time.sleep(after_s)
-        process.send_signal(number)
-        code = process.wait(120)
-    said = (tmp_path / "log").read_text()
+        os.kill(process.pid, number)
+        process.join(120)
+        code = process.exitcode
+    said = log.read_text()
     assert code == 128 + number, said
     assert "Traceback" not in said, said
     assert ("interrupted" if number == signal.SIGINT else "terminated") in said.splitlines()[-1]

@@ -284,7 +284,8 @@ def _build(directory: Path, tiny: TinyConfig, stepped: Any) -> None:
 
 def test_a_killed_build_leaves_nothing(tmp_path: Path, tiny_config: TinyConfig) -> None:
     tiny = tiny_config.model_copy(update={"train_tokens": 10_000_000})
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preloaded"])
     stepped = context.Event()
     process = context.Process(target=_build, args=(tmp_path / "target", tiny, stepped))
     process.start()

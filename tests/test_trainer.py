@@ -1,11 +1,7 @@
 """Training under ZeRO-3: the same result on any number of ranks, and after any way of being stopped."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +16,8 @@ from configs.schema import TrainConfig
 from export.checkpoint import Checkpoint
 from export.keymap import keymap
 from pipeline.tiny.write import random_checkpoint
+from tests import rank_jobs
+from tests.rank_jobs import run_job, start_job
 from tests.stores import write_store
 from train import evaluate, launch
 from train.model import load_layer
@@ -53,19 +51,9 @@ def settings(store, tiny_checkpoint):
     ]
 
 
-def command(run_dir, settings, *more):
-    return [sys.executable, "-m", "pipeline", "train", *settings, f"run.dir={run_dir}", *more]
-
-
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
 def start(run_dir, settings, *more):
-    with open(f"{run_dir}.log", "ab") as log:
-        return subprocess.Popen(
-            command(run_dir, settings, *more), cwd=ROOT, env=environment(), stdout=log, stderr=log
-        )
+    """The train verb; ranks that it starts are interpreters of their own."""
+    return start_job(f"{run_dir}.log", rank_jobs.verb, ["train", *settings, f"run.dir={run_dir}", *more])
 
 
 def said(run_dir):
@@ -96,17 +84,9 @@ def assert_same_losses(a, b, tolerance=0.0):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, settings):
-    """Two ranks under torchrun, nobody interfering."""
+    """Two ranks of a launcher, nobody interfering."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m"]
-    done = subprocess.run(
-        [*torchrun, *command(run_dir, settings)[2:]],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    run_job(rank_jobs.train_together, 2, [*settings, f"run.dir={run_dir}"])
     return run_dir
 
 
@@ -158,7 +138,7 @@ def test_killed_terminated_and_interrupted_runs_end_as_the_undisturbed_one(tmp_p
     def wait_until(happened):
         deadline = time.monotonic() + 120
         while not happened():
-            assert process.poll() is None, said(run_dir)
+            assert process.is_alive(), said(run_dir)
             assert time.monotonic() < deadline, said(run_dir)
             time.sleep(0.02)
 
@@ -169,15 +149,16 @@ def test_killed_terminated_and_interrupted_runs_end_as_the_undisturbed_one(tmp_p
     # ranks of our own, stopped politely after a step or two
     process = start(run_dir, settings, "train.ranks=2")
     wait_until(lambda: '"step": 1,' in metrics())
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143, said(run_dir)
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 143, said(run_dir)
     stopped = runs.locate(run_dir, "last")
 
     # then killed without warning somewhere after the next checkpoint, its ranks with it
     process = start(run_dir, settings, "train.ranks=2")
     wait_until(lambda: runs.locate(run_dir, "last") != stopped)
     process.kill()
-    process.wait()
+    process.join()
     # what a kill in the middle of a save leaves behind
     half = runs.directory(run_dir) / "step_000017"
     shutil.copytree(runs.locate(run_dir, "last"), half)
@@ -185,7 +166,8 @@ def test_killed_terminated_and_interrupted_runs_end_as_the_undisturbed_one(tmp_p
     (runs.directory(run_dir) / ".step_000018.partial").mkdir()
 
     process = start(run_dir, settings, "train.ranks=2")
-    assert process.wait(120) == 0, said(run_dir)
+    process.join(120)
+    assert process.exitcode == 0, said(run_dir)
     text = said(run_dir)
     assert f"going on from {stopped}" in text
     assert "step_000017/state/rank_" in text

@@ -1,7 +1,6 @@
 """Starting training: in this process, as one rank of a launcher, or in ranks started here."""
 
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -13,18 +12,17 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from configs import run_dir
-from configs.errors import Layer61Error, describe, revive
+from configs.errors import Layer61Error, revive
 from configs.files import read_json, write_json
-from configs.load import load_config
+from configs.importing import importing
 from configs.lock import hold
 from configs.schema import RunConfig
 from train.plan import plan
+from train.rank import PARENT
 
-__all__ = ["main", "plan", "run"]
+__all__ = ["plan", "run"]
 
 GRACE_SECONDS = 20
-# set by us in the ranks we start
-PARENT = "LAYER61_PARENT"
 
 
 def _free_port() -> int:
@@ -47,7 +45,8 @@ def run(config: RunConfig) -> dict[str, Any] | None:
         Layer61Error: training failed; the error of a rank started here is raised here.
     """
     if "RANK" in os.environ or config.train.ranks == 1:
-        from train.trainer import Stopped, train
+        with importing():
+            from train.trainer import Stopped, train
 
         try:
             return train(config)
@@ -90,7 +89,7 @@ def _run_ranks(config: RunConfig, folder: Path) -> dict[str, Any]:
         # a rank takes signals from the moment on at which it knows what to do with them
         signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
         for rank in range(ranks):
-            command = [sys.executable, "-m", "train.launch", str(folder)]
+            command = [sys.executable, "-m", "train.rank", str(folder)]
             own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             # in a session of its own: the terminal's signal would reach it a second time
             processes += [subprocess.Popen(command, env=own, start_new_session=True)]
@@ -156,48 +155,3 @@ def _described(folder: Path, failed: list[tuple[int, int]]) -> list[dict[str, An
         with contextlib.suppress(OSError, ValueError):
             described.append(read_json(folder / f"error.{rank}.json"))
     return described
-
-
-def _die_with(parent: int) -> None:
-    """Ask the kernel to end this rank when the process that started it is gone, however it went."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        raise SystemExit(1)
-
-
-def _quit(number: int, _frame: FrameType | None) -> None:
-    # before the first step there is nothing to save
-    os._exit(128 + number)
-
-
-def main(folder: Path) -> int:
-    """One rank started by `run`, which has blocked the signals that end it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _quit)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
-    _die_with(int(os.environ[PARENT]))
-    rank = int(os.environ["RANK"])
-    from train.trainer import Stopped, train
-
-    try:
-        result = train(load_config([folder / "config.json"]))
-    except Stopped as stopped:
-        code = 128 + stopped.number
-    except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
-    except Exception as error:
-        write_json(folder / f"error.{rank}.json", describe(error))
-        code = error.exit_code if isinstance(error, Layer61Error) else 1
-    else:
-        if rank == 0:
-            write_json(folder / "result.json", result)
-        code = 0
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # other ranks may be gone already, and the process group's threads would wait for them
-    os._exit(code)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -28,6 +28,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from configs.errors import ConfigError
+from configs.importing import importing
 from configs.schema import TrainConfig
 from export.checkpoint import Checkpoint
 from train.blocks import MoE
@@ -44,7 +45,7 @@ __all__ = [
     "dtype_of",
     "from_first",
     "gathered",
-    "import_muon",
+    "import_optimizers",
     "init_distributed",
     "initialize",
     "optimizer_step",
@@ -77,6 +78,9 @@ def init_distributed() -> tuple[int, int]:
     Returns:
         (rank, world size).
     """
+    # while nothing is there yet that may become garbage
+    with importing():
+        import_optimizers()
     if "RANK" not in os.environ:
         # DeepSpeed wants these for a single process too; at port 0 the system picks a free one
         os.environ.update(ALONE | {"MASTER_PORT": "0"})
@@ -207,11 +211,13 @@ def build_layer(
     return layer
 
 
-def import_muon() -> None:
-    """Import an optimizer that DeepSpeed asks for, whichever is used, without compiling it.
+def import_optimizers() -> None:
+    """Import what comes with the first optimizer, whichever it is: torch's compiler, and one of DeepSpeed's.
 
-    Its decorators would load the whole of Inductor: a second of every rank's start.
+    That one's decorators would load the whole of Inductor, a second of every rank's start.
     """
+    import torch._dynamo  # noqa: F401
+
     before = os.environ.get("TORCHDYNAMO_DISABLE")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     try:
@@ -240,7 +246,6 @@ def initialize(module: nn.Module, train: TrainConfig, ds_config: dict[str, Any])
         betas=(train.beta1, train.beta2),
         fused=True,
     )
-    import_muon()
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=ds_config, dist_init_required=False
     )

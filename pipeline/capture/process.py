@@ -13,6 +13,7 @@ import numpy as np
 from torch import cuda
 
 from configs.errors import CaptureError, describe, revive
+from configs.importing import importing
 from pipeline import child
 from pipeline.capture.driver import Driver
 from pipeline.capture.engine import EngineSettings
@@ -45,10 +46,12 @@ def _serve(settings: EngineSettings, connection: Connection) -> None:
 def _engine(settings: EngineSettings) -> Driver:
     # neither needs the other to be installed
     if settings.engine == "transformers":
-        from pipeline.capture import transformers_engine
+        with importing():
+            from pipeline.capture import transformers_engine
 
         return transformers_engine.Engine(settings)
-    from pipeline.capture import vllm_engine
+    with importing():
+        from pipeline.capture import vllm_engine
 
     return vllm_engine.Engine(settings)
 
