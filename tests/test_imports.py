@@ -1,11 +1,15 @@
 """Packages import each other in one direction, and no stage drags in the engine of another."""
 
 import ast
+import gc
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from configs.importing import importing
 
 ROOT = Path(__file__).parent.parent
 # what a package may import of the others; a module stands for everything below it
@@ -130,3 +134,21 @@ def loaded():
 @pytest.mark.parametrize("modules", STAGES)
 def test_importing_a_stage_leaves_the_others_alone(loaded, modules):
     assert loaded[modules] & STAGES[modules] == set()
+
+
+def test_garbage_is_collected_after_imports_but_not_among_what_they_made(tmp_path, monkeypatch):
+    (tmp_path / "made_up.py").write_text("kept = [[] for _ in range(1000)]")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = gc.get_freeze_count()
+    with importing():
+        assert not gc.isenabled()
+        importlib.import_module("ast")
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == before
+    with importing():
+        importlib.import_module("made_up")
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > before + 1000
+    with pytest.raises(ModuleNotFoundError), importing():
+        importlib.import_module("nowhere")
+    assert gc.isenabled()

@@ -238,9 +238,10 @@ def test_damage_is_found_and_repaired(url) -> None:
                 store.objects.delete(name)
             else:
                 store.objects.write(name, damage)
+            found = open_store(url)
             with pytest.raises(StoreCorruptError, match=message):
-                open_store(url)[0]
-            assert [p.part for p in open_store(url).verify()] == ["a"]
+                found[0]
+            assert [p.part for p in found.verify()] == ["a"]
         store.objects.write(name, data)
     assert open_store(url).verify() == []
     store.objects.delete(f"{place}/loss_mask/c/0")
