@@ -85,8 +85,9 @@ def init_distributed() -> tuple[int, int]:
         # DeepSpeed wants these for a single process too; at port 0 the system picks a free one
         os.environ.update(ALONE | {"MASTER_PORT": "0"})
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # a shared-memory all-reduce that is compiled at first use; gloo needs no compiler
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # which of its operators it could compile, it asks a compiler in every rank; the one that it would then
+    # compile is an all-reduce in shared memory, and gloo needs none
+    deepspeed.ops.__compatible_ops__ = {}
     if torch.cuda.is_available():
         # gathers are allocated on a stream of their own, whose freed blocks the main one could not use
         # otherwise; read at the first allocation, and not set elsewhere, for vLLM's connectors refuse it
