@@ -22,7 +22,7 @@ __all__ = ["LocalObjects"]
 
 NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 DIRECT = getattr(os, "O_DIRECT", 0)
-BUFFER_BYTES = 2 << 20  # of a file being written, which has two
+BUFFER_BYTES = 4 << 20  # of a file being written, which has two
 BLOCK_BYTES = 4096  # what is written past the page cache begins and ends at multiples of it
 PARTIAL = ".partial"
 

@@ -10,7 +10,7 @@ import contextlib
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from threading import Condition, Thread
+from threading import Condition, Lock, Thread
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,8 @@ __all__ = ["OpenPart", "Writers", "digest"]
 
 # bits of bf16; what is not a number has larger ones than the infinity of its sign
 MAGNITUDE, INFINITY, MINUS_INFINITY = 0x7FFF, 0x7F80, 0xFF80
-LOOK_AT = 1 << 19  # values at a time: the second look finds them in the cache
+# values at a time: the second look finds them in the cache, and Python's lock changes hands seldom
+LOOK_AT = 1 << 22
 
 
 def digest(token_ids: Any) -> int:
@@ -87,7 +88,9 @@ class Writers:
         self.parts: dict[str, OpenPart] = {}
         self._queue: deque[tuple[OpenPart, Job]] = deque()
         self._waiting_bytes = 0
-        self._changed = Condition()
+        lock = Lock()
+        self._came = Condition(lock)  # a document is in the queue
+        self._changed = Condition(lock)  # a document is done with
         for i in range(threads):
             Thread(target=self._work, name=f"layer61-writer-{i}", daemon=True).start()
 
@@ -123,7 +126,7 @@ class Writers:
             self._waiting_bytes += hidden.nbytes
             self._queue.append((part, Job(document, token_ids, hidden, event, part.turns)))
             part.turns += 1
-            self._changed.notify_all()
+            self._came.notify()
 
     def state(self, name: str, expected: int) -> dict[str, Any] | None:
         """How a part stands: None while rows are being written or it is being committed.
@@ -190,8 +193,8 @@ class Writers:
 
     def _work(self) -> None:
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._queue)
+            with self._came:
+                self._came.wait_for(lambda: self._queue)
                 part, job = self._queue.popleft()
             started = time.monotonic()
             hidden, bad, looping, share = None, None, None, (0, 0)
