@@ -32,7 +32,7 @@ from rich.table import Table
 
 from configs.progress import log
 from configs.provenance import versions
-from configs.schema import PromptsConfig, RunConfig, TinyConfig
+from configs.schema import DumpConfig, PromptsConfig, RunConfig, TinyConfig
 from configs.target import target_config
 from pipeline import child
 from pipeline.capture.engine import EngineSettings, PartResult
@@ -45,7 +45,7 @@ from pipeline.view import make_view
 
 LENGTH, ANSWER = 512, 128
 SEQUENCES = 32  # of the engine whose occupancy is measured; a part has as many documents
-PART = 64  # documents of a part where capture is on: the default of a dump
+PART = DumpConfig().block_documents  # documents of a part where capture is on
 WIDE = {"hidden_size": 7168, "num_hidden_layers": 2, "n_routed_experts": 8, "moe_intermediate_size": 64}
 WIDE |= {
     "num_experts_per_tok": 2,

@@ -77,6 +77,10 @@ class Engine(Driver):
             }
         )
         self.engine = self.llm.llm_engine
+        self._core: Any = self.engine.engine_core.engine_core  # type: ignore[attr-defined]
+        if not self.engine.vllm_config.cache_config.enable_prefix_caching:
+            # hashes of all tokens are for connectors that look blocks up; ours does not
+            self._core.request_block_hasher = None
         self.slots: int = self.engine.vllm_config.scheduler_config.max_num_seqs
         self._asked: dict[str, Asked] = {}
         self._requests: dict[str, Asked] = {}  # the same, by the engine's own names
@@ -133,7 +137,7 @@ class Engine(Driver):
         """Step the engine once; as `Driver.step`."""
         unfinished = self.engine.get_num_unfinished_requests()
         ended = {o.request_id: o.outputs[0].token_ids for o in self.engine.step()}  # type: ignore[union-attr, index]
-        running = list(self.engine.engine_core.engine_core.scheduler.running)  # type: ignore[attr-defined]
+        running = list(self._core.scheduler.running)
         if not running and not ended:
             # every block is held back for the writers, which need this process's time
             time.sleep(1e-3)
