@@ -60,6 +60,7 @@ def _printing(file: str, job: Callable[..., None], *arguments: object) -> None:
     descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
+    os.close(descriptor)
     job(*arguments)
 
 

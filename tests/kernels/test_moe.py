@@ -32,7 +32,7 @@ SHAPES = {
     "no_tokens": Shape(0, 2, 32, 32, 4),
     "an_empty_expert": Shape(24, 2, 32, 32, 5, "not_2"),
     "all_on_one_expert": Shape(20, 1, 32, 32, 4, "only_3"),
-    "no_size_a_multiple_of_a_tile": Shape(27, 2, 40, 48, 3),
+    "no_size_a_multiple_of_a_tile": Shape(37, 3, 72, 40, 4),
     "prime_number_of_experts": Shape(33, 2, 64, 32, 7),
     "one_expert_for_all": Shape(18, 1, 32, 64, 1),
     "an_expert_twice_in_a_token": Shape(9, 3, 32, 32, 4, "repeated"),
